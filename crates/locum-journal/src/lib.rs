@@ -1,0 +1,2 @@
+//! locum-journal
+#![forbid(unsafe_code)]

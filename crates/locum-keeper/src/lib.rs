@@ -1,0 +1,2 @@
+//! locum-keeper
+#![forbid(unsafe_code)]

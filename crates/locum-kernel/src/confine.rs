@@ -1,0 +1,56 @@
+//! Giving up rights, for a whole process that has one thread yet.
+
+use rustix::fs::{Gid, Uid};
+use rustix::process::{DumpableBehavior, Signal};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::Errno;
+
+/// Becomes `uid` and `gid` with `groups`, gives up every capability for good and sets `no_new_privs`.
+///
+/// Affects the calling thread alone, as all such calls do in the kernel: to be called before a process starts
+/// others. EPERM: the process may not change its ids.
+pub fn drop_everything(uid: u32, gid: u32, groups: &[u32]) -> Result<(), Errno> {
+    rustix::thread::clear_ambient_capability_set()?;
+    empty_bounding_set()?;
+    let groups: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    // Groups before user: without user 0 they can no longer be changed.
+    rustix::thread::set_thread_groups(&groups)?;
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: none, permitted: none, inheritable: none },
+    )?;
+    rustix::thread::set_no_new_privs(true)
+}
+
+/// Leaves nothing in the capability bounding set. EINVAL from the kernel marks the end of the ones it knows.
+fn empty_bounding_set() -> Result<(), Errno> {
+    for bit in 0..64 {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match rustix::thread::capability_is_in_bounding_set(capability) {
+            Ok(true) => rustix::thread::remove_capability_from_bounding_set(capability)?,
+            Ok(false) => {}
+            Err(Errno::INVAL) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Has the kernel kill this process when the thread that started it ends. A change of ids clears this: call it
+/// after that. Returns false if the parent, `parent`, is gone already.
+pub fn die_with_parent(parent: u32) -> Result<bool, Errno> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let now = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().cast_unsigned());
+    Ok(now == parent)
+}
+
+/// Keeps other processes of the same user from tracing this one or reading its descriptors. A change of ids resets
+/// this: call it after that.
+pub fn forbid_tracing() -> Result<(), Errno> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+}

@@ -1,0 +1,242 @@
+//! The seccomp notifier: a listener, what it delivers and how it is answered. See `seccomp_unotify(2)`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Errno;
+
+/// Words that [`Listener::receive`] needs. The kernel's structure has ten (6.18) and may grow; [`sizes_fit`]
+/// tells whether this kernel's still fits.
+pub const BUFFER_WORDS: usize = 32;
+
+/// The memory that one notification is received into. It is shared with other processes (the journal), so it is read
+/// word by word and never borrowed as a structure.
+pub type Buffer = [AtomicU64; BUFFER_WORDS];
+
+/// Names one waiting call of one listener. Given by the kernel, never used twice by a filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallId(pub u64);
+
+/// One call as the kernel reports it: a copy of `struct seccomp_notif`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Notification {
+    /// The call's name for ID_VALID, ADDFD and SEND.
+    pub id: CallId,
+    /// The caller's thread id in the receiver's pid namespace; 0 if it is not visible there.
+    pub tid: u32,
+    /// The system call's number.
+    pub nr: i32,
+    /// The `AUDIT_ARCH_*` value under which it was made.
+    pub arch: u32,
+    /// Where in the program it was made.
+    pub instruction_pointer: u64,
+    /// The arguments as they stood in the registers.
+    pub args: [u64; 6],
+}
+
+impl Notification {
+    /// What `buffer` holds; `None` if nothing was received into it since it was zeroed.
+    pub fn load(buffer: &Buffer) -> Option<Self> {
+        let word = |index: usize| buffer[index].load(Ordering::Acquire);
+        if word(0) == 0 {
+            return None;
+        }
+        let (pid_flags, nr_arch) = (word(1).to_ne_bytes(), word(2).to_ne_bytes());
+        let half = |bytes: [u8; 8], upper: bool| {
+            let [a, b, c, d, e, f, g, h] = bytes;
+            u32::from_ne_bytes(if upper { [e, f, g, h] } else { [a, b, c, d] })
+        };
+        Some(Self {
+            id: CallId(word(0)),
+            tid: half(pid_flags, false),
+            nr: half(nr_arch, false).cast_signed(),
+            arch: half(nr_arch, true),
+            instruction_pointer: word(3),
+            args: std::array::from_fn(|index| word(4 + index)),
+        })
+    }
+}
+
+/// Empties `buffer`, as the kernel wants it before RECV: the id last, so that a half-emptied one is never taken for
+/// a call whose fields are all there.
+pub fn clear(buffer: &Buffer) {
+    buffer[0].store(0, Ordering::Release);
+    for word in &buffer[1..] {
+        word.store(0, Ordering::Release);
+    }
+}
+
+/// How a call ends for its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The call returns this value.
+    Value(i64),
+    /// The call fails with this error.
+    Error(Errno),
+    /// The caller makes the call itself, with whatever its arguments are by then. Never a decision about security.
+    Continue,
+}
+
+/// Why a descriptor is no listener.
+#[derive(Debug)]
+pub struct NotAListener {
+    /// What the descriptor is instead, as /proc/self/fd shows it.
+    pub found: String,
+}
+
+impl std::fmt::Display for NotAListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "wanted a seccomp listener (anon_inode:seccomp notify), found {}", self.found)
+    }
+}
+
+impl std::error::Error for NotAListener {}
+
+/// The kernel's notify descriptor for one filter tree.
+#[derive(Debug)]
+pub struct Listener(OwnedFd);
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> Self {
+        listener.0
+    }
+}
+
+impl TryFrom<OwnedFd> for Listener {
+    type Error = NotAListener;
+
+    /// Takes a descriptor from outside, after a look at what it is.
+    fn try_from(fd: OwnedFd) -> Result<Self, NotAListener> {
+        let found = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        match found {
+            Ok(path) if path.as_os_str() == "anon_inode:seccomp notify" => Ok(Self(fd)),
+            Ok(path) => Err(NotAListener { found: path.display().to_string() }),
+            Err(error) => Err(NotAListener { found: error.to_string() }),
+        }
+    }
+}
+
+impl Listener {
+    /// A second descriptor of the same listener.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// Waits for a call and has the kernel write it into `buffer`, which must have been [`clear`]ed.
+    ///
+    /// ENOENT: the caller went away between the wake-up and the read, or (6.11) every user of the filter is gone.
+    /// EINTR: a signal. Neither says that the listener has ended; only POLLHUP does.
+    pub fn receive(&self, buffer: &Buffer) -> Result<(), Errno> {
+        // SAFETY: RECV writes `struct seccomp_notif`, whose size `sizes_fit` compared with `Buffer`, at this address
+        // and nowhere else; atomics may be changed behind a shared reference.
+        let done = unsafe { libc::ioctl(self.raw(), ioctl::RECV, buffer.as_ptr()) };
+        check(done).map(drop)
+    }
+
+    /// Whether the caller of `id` still waits for an answer. Says nothing about what happens next.
+    pub fn still_waits(&self, id: CallId) -> bool {
+        // SAFETY: ID_VALID reads one u64 at this address, which lives until the call returns.
+        let done = unsafe { libc::ioctl(self.raw(), ioctl::ID_VALID, &raw const id.0) };
+        done == 0
+    }
+
+    /// Ends the call `id`. ENOENT: nobody waits for it any more.
+    pub fn send(&self, id: CallId, answer: Answer) -> Result<(), Errno> {
+        let (val, error, flags) = match answer {
+            Answer::Value(value) => (value, 0, 0),
+            Answer::Error(errno) => (0, -errno.raw_os_error(), 0),
+            Answer::Continue => (0, 0, CONTINUE),
+        };
+        let response = libc::seccomp_notif_resp { id: id.0, val, error, flags };
+        // SAFETY: SEND reads one `struct seccomp_notif_resp` at this address, which lives until the call returns.
+        let done = unsafe { libc::ioctl(self.raw(), ioctl::SEND, &raw const response) };
+        check(done).map(drop)
+    }
+
+    /// Puts a copy of `fd` into the table of the caller of `id` and returns its number there. The call goes on
+    /// waiting: what the caller gets to know is what [`Self::send`] says.
+    ///
+    /// EMFILE: its table is full. ENOENT or ESRCH: nobody waits any more. EBADF: `fd` is an `O_PATH` descriptor.
+    pub fn add_descriptor(
+        &self,
+        id: CallId,
+        fd: BorrowedFd<'_>,
+        close_on_exec: bool,
+    ) -> Result<RawFd, Errno> {
+        let request = libc::seccomp_notif_addfd {
+            id: id.0,
+            flags: 0,
+            srcfd: fd.as_raw_fd().cast_unsigned(),
+            newfd: 0,
+            newfd_flags: if close_on_exec { libc::O_CLOEXEC.cast_unsigned() } else { 0 },
+        };
+        // SAFETY: ADDFD reads one `struct seccomp_notif_addfd` at this address, which lives until the call returns.
+        let done = unsafe { libc::ioctl(self.raw(), ioctl::ADDFD, &raw const request) };
+        check(done)
+    }
+
+    /// Lets a caller's wake-up of the receiver, and the answer's of the caller, happen on the same processor (6.6).
+    /// EINVAL on kernels that lack it.
+    pub fn wake_synchronously(&self) -> Result<(), Errno> {
+        // SAFETY: SET_FLAGS takes its flags by value and touches no memory of ours.
+        let done = unsafe { libc::ioctl(self.raw(), ioctl::SET_FLAGS, SYNC_WAKE_UP) };
+        check(done).map(drop)
+    }
+
+    fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Whether this kernel's notification fits into a [`Buffer`]; the kernel's structures may grow.
+pub fn sizes_fit() -> Result<bool, Errno> {
+    static FITS: OnceLock<Result<bool, i32>> = OnceLock::new();
+    let answer = FITS.get_or_init(|| {
+        let mut sizes =
+            libc::seccomp_notif_sizes { seccomp_notif: 0, seccomp_notif_resp: 0, seccomp_data: 0 };
+        // SAFETY: GET_NOTIF_SIZES writes one `struct seccomp_notif_sizes` at this address, which is ours.
+        let done =
+            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_NOTIF_SIZES, 0, &raw mut sizes) };
+        if done != 0 {
+            return Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOSYS));
+        }
+        Ok(usize::from(sizes.seccomp_notif) <= size_of::<Buffer>()
+            && usize::from(sizes.seccomp_notif_resp) <= size_of::<libc::seccomp_notif_resp>())
+    });
+    answer.map_err(Errno::from_raw_os_error)
+}
+
+/// `SECCOMP_USER_NOTIF_FLAG_CONTINUE` (5.5).
+const CONTINUE: u32 = 1;
+/// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` (6.6).
+const SYNC_WAKE_UP: libc::c_ulong = 1;
+
+/// The notifier's requests (`linux/seccomp.h`), which libc does not name.
+mod ioctl {
+    const fn request(direction: u64, number: u64, size: usize) -> u64 {
+        direction << 30 | (size as u64) << 16 | (b'!' as u64) << 8 | number
+    }
+    const WRITE: u64 = 1;
+    const READ_WRITE: u64 = 3;
+    pub(super) const RECV: u64 = request(READ_WRITE, 0, size_of::<libc::seccomp_notif>());
+    pub(super) const SEND: u64 = request(READ_WRITE, 1, size_of::<libc::seccomp_notif_resp>());
+    pub(super) const ID_VALID: u64 = request(WRITE, 2, size_of::<u64>());
+    pub(super) const ADDFD: u64 = request(WRITE, 3, size_of::<libc::seccomp_notif_addfd>());
+    pub(super) const SET_FLAGS: u64 = request(WRITE, 4, size_of::<u64>());
+}
+
+pub(crate) fn check(done: libc::c_int) -> Result<libc::c_int, Errno> {
+    if done < 0 {
+        Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+    } else {
+        Ok(done)
+    }
+}

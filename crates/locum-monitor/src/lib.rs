@@ -1,0 +1,2 @@
+//! locum-monitor
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! locum-policy
+#![forbid(unsafe_code)]

@@ -1,0 +1,11 @@
+//! One file for each command.
+
+pub(crate) mod bench;
+pub(crate) mod check;
+pub(crate) mod demo;
+pub(crate) mod keeper;
+pub(crate) mod monitor;
+pub(crate) mod profile;
+pub(crate) mod run;
+pub(crate) mod serve;
+pub(crate) mod status;

@@ -1,0 +1,11 @@
+//! `locum monitor`.
+
+use std::process::ExitCode;
+
+/// The monitor alone.
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: &Args) -> anyhow::Result<ExitCode> {
+    anyhow::bail!("not built yet")
+}

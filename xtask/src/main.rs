@@ -1,0 +1,3 @@
+//! How the tests set themselves up and run.
+
+fn main() {}
