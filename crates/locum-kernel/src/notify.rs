@@ -43,16 +43,13 @@ impl Notification {
         if word(0) == 0 {
             return None;
         }
-        let (pid_flags, nr_arch) = (word(1).to_ne_bytes(), word(2).to_ne_bytes());
-        let half = |bytes: [u8; 8], upper: bool| {
-            let [a, b, c, d, e, f, g, h] = bytes;
-            u32::from_ne_bytes(if upper { [e, f, g, h] } else { [a, b, c, d] })
-        };
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half is what is meant")]
+        let (tid, nr) = (word(1) as u32, (word(2) as u32).cast_signed());
         Some(Self {
             id: CallId(word(0)),
-            tid: half(pid_flags, false),
-            nr: half(nr_arch, false).cast_signed(),
-            arch: half(nr_arch, true),
+            tid,
+            nr,
+            arch: (word(2) >> 32) as u32,
             instruction_pointer: word(3),
             args: std::array::from_fn(|index| word(4 + index)),
         })
