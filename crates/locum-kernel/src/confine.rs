@@ -28,7 +28,7 @@ pub fn drop_everything(uid: u32, gid: u32, groups: &[u32]) -> Result<(), Errno> 
 }
 
 /// Leaves nothing in the capability bounding set. EINVAL from the kernel marks the end of the ones it knows.
-fn empty_bounding_set() -> Result<(), Errno> {
+pub(crate) fn empty_bounding_set() -> Result<(), Errno> {
     for bit in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         match rustix::thread::capability_is_in_bounding_set(capability) {

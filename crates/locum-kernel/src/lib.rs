@@ -8,7 +8,14 @@ compile_error!("locum runs on Linux on x86_64; `arch.rs` is what a port has to a
 
 pub mod arch;
 pub mod confine;
+pub mod crash;
+pub mod credentials;
 pub mod filter;
+pub mod handle;
+pub mod mapping;
+pub mod memory;
 pub mod notify;
+pub mod process;
+pub mod signal;
 
 pub use rustix::io::Errno;

@@ -1,0 +1,100 @@
+//! The rights of one worker thread: full for looking at callers, one capability for decoding a handle, none and the
+//! caller's own ids for opening.
+
+use rustix::fs::Gid;
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
+
+use crate::Errno;
+use crate::process::Ids;
+
+/// All that a monitor ever needs: SYS_PTRACE for callers' memory and descriptors, DAC_READ_SEARCH for handles,
+/// SYS_CHROOT for their paths, SETUID and SETGID to take on their ids.
+pub const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::SYS_CHROOT)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID);
+
+/// What of its capabilities a worker has in effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// [`NEEDED`].
+    Full,
+    /// CAP_DAC_READ_SEARCH alone.
+    Decode,
+    /// None.
+    Nothing,
+}
+
+/// Leaves the process with [`NEEDED`] and no way to more, and keeps a change of ids from changing capabilities. To be
+/// called before it has a second thread. EPERM: it does not have what is needed.
+pub fn limit_process() -> Result<(), Errno> {
+    rustix::thread::set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_ROOT,
+    )?;
+    crate::confine::empty_bounding_set()?;
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: NEEDED, permitted: NEEDED, inheritable: none },
+    )?;
+    rustix::thread::set_no_new_privs(true)
+}
+
+/// The calling thread's rights, and the ids that it has taken on.
+#[derive(Debug)]
+pub struct Worker {
+    rights: Rights,
+    ids: Option<Ids>,
+    /// Only the thread whose rights these are may change them.
+    _of_this_thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Default for Worker {
+    /// For a thread that has just been started in a process after [`limit_process`].
+    fn default() -> Self {
+        Self { rights: Rights::Full, ids: None, _of_this_thread: std::marker::PhantomData }
+    }
+}
+
+impl Worker {
+    /// Puts `rights` in effect.
+    pub fn have(&mut self, rights: Rights) -> Result<(), Errno> {
+        if self.rights == rights {
+            return Ok(());
+        }
+        let effective = match rights {
+            Rights::Full => NEEDED,
+            Rights::Decode => CapabilitySet::DAC_READ_SEARCH,
+            Rights::Nothing => CapabilitySet::empty(),
+        };
+        let sets = CapabilitySets { effective, permitted: NEEDED, inheritable: CapabilitySet::empty() };
+        rustix::thread::set_capabilities(None, sets)?;
+        self.rights = rights;
+        Ok(())
+    }
+
+    /// Takes on `ids`, for whatever the thread does with files from now on, and gives up every capability for the time being.
+    pub fn act_as(&mut self, ids: &Ids) -> Result<(), Errno> {
+        if self.ids.as_ref() != Some(ids) {
+            self.have(Rights::Full)?;
+            self.ids = None;
+            let groups: Vec<Gid> = ids.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+            // Groups before user, as everywhere.
+            rustix::thread::set_thread_groups(&groups)?;
+            set_file_system_id(libc::SYS_setfsgid, ids.group)?;
+            set_file_system_id(libc::SYS_setfsuid, ids.user)?;
+            self.ids = Some(ids.clone());
+        }
+        self.have(Rights::Nothing)
+    }
+}
+
+/// setfsuid(2) and setfsgid(2) tell no error: only asking again shows whether the id was taken.
+fn set_file_system_id(call: libc::c_long, id: u32) -> Result<(), Errno> {
+    // SAFETY: the id goes by value; no memory of ours is touched.
+    unsafe { libc::syscall(call, id) };
+    // SAFETY: as above; -1 is no valid id, so nothing changes.
+    let now = unsafe { libc::syscall(call, -1) };
+    if u32::try_from(now) == Ok(id) { Ok(()) } else { Err(Errno::PERM) }
+}
