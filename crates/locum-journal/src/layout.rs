@@ -1,0 +1,183 @@
+//! Where things lie in the file.
+//!
+//! All of it is 64-bit words in the machine's order: the file never leaves the machine, and no boot outlives it.
+//!
+//! | words | hold |
+//! |---|---|
+//! | 0 | [`MAGIC`] |
+//! | 1 | [`VERSION`] |
+//! | 2..8 | the counters, see [`crate::Counters`] |
+//! | 512.. | [`SLOTS`] slots of [`SLOT_WORDS`] words, see [`crate::Slot`] |
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use locum_kernel::mapping::SharedWords;
+
+/// The layout's version. A journal of another one is left untouched.
+pub const VERSION: u64 = 1;
+/// Slots in a journal: those of two monitors at their widest, and results that wait for their thread.
+pub const SLOTS: usize = 256;
+/// "LOCUMJNL".
+const MAGIC: u64 = u64::from_be_bytes(*b"LOCUMJNL");
+pub(crate) const SLOT_WORDS: usize = 64;
+const FIRST_SLOT: usize = 512;
+const WORDS: usize = FIRST_SLOT + SLOTS * SLOT_WORDS;
+
+/// Why a journal could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file could not be made, sized or mapped.
+    #[error("cannot open the journal {path}: {source}")]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The file is something else.
+    #[error(
+        "{path} is not a journal: wanted {WORDS} words that begin with LOCUMJNL, found {found}; move it away"
+    )]
+    NotAJournal {
+        /// Which file.
+        path: PathBuf,
+        /// What is there instead.
+        found: String,
+    },
+    /// The file was written by another release.
+    #[error(
+        "the journal {path} has version {found}, this locum knows {VERSION}; it was left untouched: serve this session \
+         with the release that made it"
+    )]
+    Version {
+        /// Which file.
+        path: PathBuf,
+        /// Its version.
+        found: u64,
+    },
+}
+
+/// The journal of one session, mapped.
+#[derive(Debug)]
+pub struct Journal {
+    words: SharedWords,
+    /// Which slots this process has given out.
+    taken: Box<[AtomicBool]>,
+}
+
+impl Journal {
+    /// Opens the journal at `path`, or makes a new one there that root alone can read.
+    pub fn open(path: &Path) -> Result<Arc<Self>, JournalError> {
+        Self::open_or_make(path)
+            .map_err(|source| JournalError::Open { path: path.to_owned(), source })
+            .and_then(|file| Self::map(path, &file))
+    }
+
+    /// Opens the journal at `path`, which must be there.
+    pub fn open_existing(path: &Path) -> Result<Arc<Self>, JournalError> {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|source| JournalError::Open { path: path.to_owned(), source })
+            .and_then(|file| Self::map(path, &file))
+    }
+
+    fn open_or_make(path: &Path) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        match options.open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        // Made whole under another name, so that a monitor killed here leaves no half of one.
+        let fresh = path.with_extension("new");
+        match std::fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let file = options.create_new(true).open(&fresh)?;
+        // Every page now: on a full tmpfs, a write into a hole of the mapping would be a SIGBUS.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, (WORDS * 8) as u64)?;
+        let words = SharedWords::map(&file, WORDS)?;
+        words[0].store(MAGIC, Ordering::Relaxed);
+        words[1].store(VERSION, Ordering::Release);
+        std::fs::rename(&fresh, path)?;
+        Ok(file)
+    }
+
+    fn map(path: &Path, file: &File) -> Result<Arc<Self>, JournalError> {
+        let foreign = |found| JournalError::NotAJournal { path: path.to_owned(), found };
+        let words = SharedWords::map(file, 2).map_err(|_| foreign("fewer than two words".to_owned()))?;
+        let (magic, version) = (words[0].load(Ordering::Acquire), words[1].load(Ordering::Acquire));
+        if magic != MAGIC {
+            return Err(foreign(format!("a beginning of {magic:#x}")));
+        }
+        if version != VERSION {
+            return Err(JournalError::Version { path: path.to_owned(), found: version });
+        }
+        let words = SharedWords::map(file, WORDS).map_err(|_| foreign("a file cut short".to_owned()))?;
+        Ok(Arc::new(Self { words, taken: (0..SLOTS).map(|_| AtomicBool::new(false)).collect() }))
+    }
+
+    pub(crate) fn counter(&self, index: usize) -> &AtomicU64 {
+        &self.words[2 + index]
+    }
+
+    pub(crate) fn slot_words(&self, index: usize) -> &[AtomicU64] {
+        &self.words[FIRST_SLOT + index * SLOT_WORDS..][..SLOT_WORDS]
+    }
+
+    pub(crate) fn take(&self, index: usize) -> bool {
+        !self.taken[index].swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn give_back(&self, index: usize) {
+        self.taken[index].store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_new_one_is_private_and_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let journal = Journal::open(&path).unwrap();
+        journal.counter(0).store(7, Ordering::Relaxed);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(Journal::open(&path).unwrap().counter(0).load(Ordering::Relaxed), 7);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_foreign_file_is_told_from_a_newer_one_and_neither_is_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let mut newer = vec![0_u8; WORDS * 8];
+        newer[..8].copy_from_slice(&MAGIC.to_ne_bytes());
+        newer[8..16].copy_from_slice(&(VERSION + 1).to_ne_bytes());
+        let mut cut = newer[..4096].to_vec();
+        cut[8..16].copy_from_slice(&VERSION.to_ne_bytes());
+        for (bytes, wanted) in [
+            (newer.as_slice(), "has version 2, this locum knows 1"),
+            (&[b'x'; 5000], "a beginning of 0x7878787878787878"),
+            (b"", "fewer than two words"),
+            (&cut, "a file cut short"),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Journal::open(&path).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        }
+    }
+}
