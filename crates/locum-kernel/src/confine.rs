@@ -54,3 +54,11 @@ pub fn die_with_parent(parent: u32) -> Result<bool, Errno> {
 pub fn forbid_tracing() -> Result<(), Errno> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
+
+/// Has every descriptor from `first` on closed when this process executes another program (5.11).
+pub fn close_on_exec_from(first: u32) -> Result<(), Errno> {
+    // SAFETY: with CLOSE_RANGE_CLOEXEC the call closes nothing; it sets a flag that no owner of a descriptor relies on
+    // being clear.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    crate::notify::check(i32::try_from(done).unwrap_or(-1)).map(drop)
+}

@@ -50,14 +50,17 @@ pub struct Worker {
     _of_this_thread: std::marker::PhantomData<*const ()>,
 }
 
-impl Default for Worker {
-    /// For a thread that has just been started in a process after [`limit_process`].
-    fn default() -> Self {
-        Self { rights: Rights::Full, ids: None, _of_this_thread: std::marker::PhantomData }
-    }
-}
-
 impl Worker {
+    /// For a thread that has just been started in a process after [`limit_process`]: gives it a root and a working directory
+    /// of its own, so that a path can be looked up as a caller would.
+    pub fn start() -> Result<Self, Errno> {
+        // SAFETY: CLONE_FS parts the thread from the others' root, working directory and umask; no memory, descriptor or
+        // lock of ours depends on sharing them.
+        let done = unsafe { libc::unshare(libc::CLONE_FS) };
+        crate::notify::check(done)?;
+        Ok(Self { rights: Rights::Full, ids: None, _of_this_thread: std::marker::PhantomData })
+    }
+
     /// Puts `rights` in effect.
     pub fn have(&mut self, rights: Rights) -> Result<(), Errno> {
         if self.rights == rights {

@@ -4,6 +4,7 @@
 //! was the caller's all the time. A write cannot be taken back, so it goes through [`AddressSpace`], which was opened
 //! before the call was last found waiting, and cannot reach another process, whatever becomes of the id.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, BufRead as _};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -48,29 +49,48 @@ pub fn read(tid: u32, address: u64, into: &mut [u8]) -> Result<usize, Errno> {
     Ok(done)
 }
 
-/// Reads a string that ends in NUL, of at most `limit` bytes with it, as the kernel reads a path.
+/// [`read`] from two places; one system call if all of both is mapped.
+pub fn read_both(tid: u32, one: (u64, &mut [u8]), other: (u64, &mut [u8])) -> Result<(usize, usize), Errno> {
+    let local = [&mut *one.1, &mut *other.1]
+        .map(|into| libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() });
+    let remote = [(one.0, one.1.len()), (other.0, other.1.len())].map(|(address, len)| libc::iovec {
+        iov_base: usize::try_from(address).unwrap_or(0) as *mut libc::c_void,
+        iov_len: len,
+    });
+    // SAFETY: the kernel writes at most `iov_len` bytes to each local address, which are slices that long and borrowed
+    // mutably here; the remote addresses are another process's and never followed here.
+    let got = unsafe { libc::process_vm_readv(tid.cast_signed(), local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
+    if usize::try_from(got) == Ok(one.1.len() + other.1.len()) {
+        return Ok((one.1.len(), other.1.len()));
+    }
+    Ok((read(tid, one.0, one.1)?, read(tid, other.0, other.1)?))
+}
+
+/// Bytes from `address` to the end of its page, `most` at most: what can be read at once if any of it can.
+pub fn within_page(address: u64, most: usize) -> usize {
+    (PAGE - usize::try_from(address).unwrap_or(0) % PAGE).min(most)
+}
+
+/// Reads on a string that ends in NUL and begins with `text`, of at most `limit` bytes in all, as the kernel reads a path.
 ///
 /// EFAULT: not all of it is mapped. ENAMETOOLONG: no NUL within `limit`.
-pub fn read_string(tid: u32, address: u64, limit: usize) -> Result<std::ffi::CString, Errno> {
-    let mut text = Vec::new();
-    while text.len() < limit {
-        let at = address.wrapping_add(text.len() as u64);
-        // Most paths are short: a first look of 64 bytes, then page by page.
-        let ahead = if text.is_empty() { 64 } else { PAGE - usize::try_from(at).unwrap_or(0) % PAGE };
-        let ahead = ahead.min(limit - text.len());
-        let from = text.len();
-        text.resize(from + ahead, 0);
-        let got = read(tid, at, &mut text[from..])?;
-        text.truncate(from + got);
-        if let Some(end) = text[from..].iter().position(|byte| *byte == 0) {
-            text.truncate(from + end);
-            return std::ffi::CString::new(text).map_err(|_| Errno::INVAL);
+pub fn read_string(tid: u32, address: u64, mut text: Vec<u8>, limit: usize) -> Result<CString, Errno> {
+    loop {
+        if let Some(end) = text.iter().position(|byte| *byte == 0) {
+            text.truncate(end);
+            return CString::new(text).map_err(|_| Errno::INVAL);
         }
-        if got < ahead {
+        let known = text.len();
+        if known >= limit {
+            return Err(Errno::NAMETOOLONG);
+        }
+        let at = address.wrapping_add(known as u64);
+        let ahead = within_page(at, limit - known);
+        text.resize(known + ahead, 0);
+        if read(tid, at, &mut text[known..])? < ahead {
             return Err(Errno::FAULT);
         }
     }
-    Err(Errno::NAMETOOLONG)
 }
 
 /// One address space, for as long as this lives: /proc/TID/mem, and /proc/TID/maps to honour its page protection,
@@ -86,6 +106,32 @@ impl AddressSpace {
     pub fn open(proc: &OwnedFd) -> Result<Self, Errno> {
         let open = |name, access| rustix::fs::openat(proc, name, access | OFlags::CLOEXEC, Mode::empty());
         Ok(Self { memory: open(c"mem", OFlags::WRONLY)?.into(), maps: open(c"maps", OFlags::RDONLY)?.into() })
+    }
+
+    /// Whether all of both ranges may be written, if one mapping holds both: one look in place of two.
+    fn hold(&self, one: (u64, usize), other: (u64, usize)) -> bool {
+        let first = one.0.min(other.0);
+        let end = |range: (u64, usize)| range.0.checked_add(range.1 as u64);
+        let (Some(a), Some(b)) = (end(one), end(other)) else { return false };
+        self.writable_from(first).is_ok_and(|length| a.max(b) - first <= length)
+    }
+
+    /// Writes `first`, then `second`: [`Self::put`], then [`Self::write`]. Errors as of those.
+    pub fn put_and_write(&self, first: (u64, &[u8]), second: (u64, &[u8])) -> Result<(), Errno> {
+        if self.hold((first.0, first.1.len()), (second.0, second.1.len())) {
+            self.copy(first.0, first.1)?;
+            return self.copy(second.0, second.1);
+        }
+        self.put(first.0, first.1)?;
+        self.write(second.0, second.1)
+    }
+
+    fn copy(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        match self.memory.write_at(bytes, address) {
+            Ok(0) => Err(Errno::SRCH),
+            Ok(written) if written == bytes.len() => Ok(()),
+            _ => Err(Errno::FAULT),
+        }
     }
 
     /// Writes `bytes` at `address` as the kernel's copy_to_user does: up to the first byte that may not be written.
@@ -228,10 +274,10 @@ mod tests {
     fn strings_end_at_nul_or_limit() {
         let (tid, _) = own();
         let text = format!("{}\0", "p".repeat(300));
-        let read = |limit| read_string(tid, text.as_ptr() as u64, limit);
+        let read = |limit| read_string(tid, text.as_ptr() as u64, Vec::new(), limit);
         assert_eq!(read(4096).unwrap().as_bytes().len(), 300);
         assert_eq!(read(301).unwrap().as_bytes().len(), 300);
         assert_eq!(read(300), Err(Errno::NAMETOOLONG));
-        assert_eq!(read_string(tid, 0, 4096), Err(Errno::FAULT));
+        assert_eq!(read_string(tid, 0, Vec::new(), 4096), Err(Errno::FAULT));
     }
 }

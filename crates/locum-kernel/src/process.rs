@@ -18,7 +18,7 @@ pub struct Thread {
     /// A descriptor of the thread (6.9), or of its whole process.
     pidfd: Option<OwnedFd>,
     process: u32,
-    of_thread: bool,
+    whole_process: bool,
 }
 
 impl Thread {
@@ -30,13 +30,13 @@ impl Thread {
         let pid = Pid::from_raw(tid.cast_signed()).ok_or(Errno::SRCH)?;
         // `PIDFD_THREAD` (6.9) has the value of O_EXCL.
         let thread = PidfdFlags::from_bits_retain(OFlags::EXCL.bits());
-        let mut held = Self { tid, proc, pidfd: None, process: tid, of_thread: true };
+        let mut held = Self { tid, proc, pidfd: None, process: tid, whole_process: false };
         match rustix::process::pidfd_open(pid, thread) {
             Ok(pidfd) => held.pidfd = Some(pidfd),
             Err(Errno::INVAL) => {
                 held.process = held.status()?.process;
                 let leader = Pid::from_raw(held.process.cast_signed()).ok_or(Errno::SRCH)?;
-                held.of_thread = false;
+                held.whole_process = true;
                 held.pidfd = Some(rustix::process::pidfd_open(leader, PidfdFlags::empty())?);
             }
             Err(error) => return Err(error),
@@ -58,7 +58,7 @@ impl Thread {
     /// Whether the thread is still there: if so, its id has been its own since [`Self::hold`].
     pub fn lives(&self) -> bool {
         let Some(pidfd) = &self.pidfd else { return false };
-        if !self.of_thread {
+        if self.whole_process {
             return rustix::fs::accessat(
                 &self.proc,
                 c"stat",
@@ -74,7 +74,7 @@ impl Thread {
     /// A copy of descriptor `fd` of this thread. EBADF: it has none such. ESRCH: the thread is gone.
     pub fn descriptor(&self, fd: RawFd) -> Result<OwnedFd, Errno> {
         let pidfd = self.pidfd.as_ref().ok_or(Errno::SRCH)?;
-        if !self.of_thread && self.process != self.tid {
+        if self.whole_process && self.process != self.tid {
             // Before 6.9 only a process can be asked, so its table must be the thread's too.
             if compare(KCMP_FILES, self.tid, self.process, 0, 0)? != std::cmp::Ordering::Equal {
                 return Err(Errno::OPNOTSUPP);
@@ -97,6 +97,17 @@ impl Thread {
         // The name, in parentheses, may hold anything; field 22 is the 20th behind it (proc_pid_stat(5)).
         let rest = stat.rsplit_once(')').ok_or(Errno::SRCH)?.1;
         rest.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or(Errno::SRCH)
+    }
+
+    /// The user, as our user namespace numbers it, who made the user namespace that the thread is in.
+    pub fn namespace_owner(&self) -> Result<u32, Errno> {
+        let namespace =
+            rustix::fs::openat(&self.proc, c"ns/user", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut owner: libc::uid_t = 0;
+        // SAFETY: NS_GET_OWNER_UID writes one `uid_t` at this address, which is ours.
+        let done = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_OWNER_UID, &raw mut owner) };
+        crate::notify::check(done)?;
+        Ok(owner)
     }
 
     /// Looks for the open file `ours` in the thread's table and returns its number there.
@@ -202,6 +213,9 @@ impl Status {
 fn is_zero(hexadecimal: &str) -> bool {
     hexadecimal.bytes().all(|byte| byte == b'0')
 }
+
+/// `_IO(0xb7, 4)` (`linux/nsfs.h`, 4.11).
+const NS_GET_OWNER_UID: libc::c_ulong = 0xb704;
 
 /// `KCMP_FILE`: compare two descriptors of two processes.
 const KCMP_FILE: i32 = 0;

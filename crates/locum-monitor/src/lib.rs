@@ -1,2 +1,259 @@
-//! locum-monitor
+//! The monitor: the process that answers calls. It has the privileges, and it may die.
+//!
+//! It takes listeners from the keeper, receives calls into each session's journal, carries them out with no more rights
+//! than the policy names, and settles what a dead predecessor left. See `ARCHITECTURE.md`.
 #![forbid(unsafe_code)]
+
+mod adopt;
+mod answer;
+mod caller;
+mod calls;
+mod exports;
+#[cfg(debug_assertions)]
+mod fault;
+mod keys;
+mod park;
+mod record;
+mod recovery;
+mod session;
+mod signature;
+mod watch;
+mod worker;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use locum_keeper::client::{Connection, Event, Hello};
+use locum_keeper::{RuntimeDir, client::ClientError};
+use locum_kernel::Errno;
+use locum_policy::Policy;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit};
+
+pub use keys::{KeyError, KeyId, Keys};
+pub use record::{Record, RecordError};
+
+use crate::park::Park;
+use crate::session::{Served, Session, lock, now_ms};
+
+/// What a monitor works with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the keeper and the sessions are.
+    pub runtime_dir: RuntimeDir,
+    /// The directory of keys.
+    pub keys: PathBuf,
+    /// Policy files beside the built-in ones.
+    pub policies: Vec<PathBuf>,
+}
+
+/// Why a monitor cannot start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// A right is missing.
+    #[error("the monitor needs root in the initial user namespace with {needed}: {source}; start it as root")]
+    Rights {
+        /// Which.
+        needed: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// This kernel cannot do it.
+    #[error("this kernel's seccomp notifier cannot be used: {0}")]
+    Notifier(String),
+    /// The kernel's word on something of our own.
+    #[error("cannot {doing}: {source}")]
+    Own {
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The keys are not in order.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
+    /// A policy file cannot be read.
+    #[error("cannot read the policy file {path}: {source}")]
+    PolicyFile {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A policy file is wrong.
+    #[error(transparent)]
+    Policy(#[from] locum_policy::PolicyError),
+    /// The keeper does not take us.
+    #[error(transparent)]
+    Keeper(#[from] ClientError),
+}
+
+/// What all sessions share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) keys: Keys,
+    policies: HashMap<String, Policy>,
+    runtime_dir: RuntimeDir,
+    boot: String,
+    /// /proc/self/fd.
+    pub(crate) own_descriptors: OwnedFd,
+    pub(crate) own_root: OwnedFd,
+    keeper: Mutex<Option<Arc<Connection>>>,
+    sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// Listeners that have ended, for as long as workers of theirs are left.
+    ending: Mutex<Vec<Arc<Served>>>,
+    /// When the keeper was last connected to, in milliseconds since boot.
+    connected: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        lock(&self.sessions).values().cloned().collect()
+    }
+
+    pub(crate) fn folder(&self, session: &str) -> PathBuf {
+        self.runtime_dir.sessions().join(session)
+    }
+
+    /// Whether the keeper has had time to tell of every listener that it holds.
+    pub(crate) fn settled_in(&self) -> bool {
+        now_ms().saturating_sub(self.connected.load(Ordering::Relaxed)) > 5000
+    }
+
+    /// Has the keeper hold a copy of `park`. Without a keeper, the next one gets it with everything else.
+    pub(crate) fn show_park(&self, served: &Served, slot: u32, park: &Park) {
+        let keeper = lock(&self.keeper).clone();
+        let Some(keeper) = keeper else { return };
+        let shown = session::copy(slot, park)
+            .map_err(ClientError::from)
+            .and_then(|copy| keeper.park(served.delivery.listener, &copy));
+        if let Err(error) = shown {
+            tracing::debug!("the keeper did not take a park: {error}");
+        }
+    }
+}
+
+/// Serves, for as long as the process lives.
+pub fn run(config: Config) -> Result<(), MonitorError> {
+    let shared = Arc::new(prepare(config)?);
+    let watched = Arc::clone(&shared);
+    let watch = std::thread::Builder::new().name("watch".into()).spawn(move || watch::run(&watched));
+    watch.map_err(|source| MonitorError::Own { doing: "start a thread", source })?;
+    let mut generation = None;
+    loop {
+        let connection = connect(&shared.runtime_dir, generation)?;
+        generation = Some(connection.1);
+        let connection = Arc::new(connection.0);
+        shared.connected.store(now_ms(), Ordering::Relaxed);
+        *lock(&shared.keeper) = Some(Arc::clone(&connection));
+        fill(&shared, &connection);
+        serve(&shared, &connection);
+        *lock(&shared.keeper) = None;
+        tracing::warn!("the keeper is gone; serving on, and looking for the next one");
+    }
+}
+
+fn prepare(config: Config) -> Result<Shared, MonitorError> {
+    use locum_kernel::{crash, credentials, notify, signal};
+    let own = |doing| move |error: Errno| MonitorError::Own { doing, source: error.into() };
+    match notify::sizes_fit() {
+        Ok(true) => {}
+        Ok(false) => return Err(MonitorError::Notifier("its notifications have outgrown this release".into())),
+        Err(error) => return Err(MonitorError::Notifier(error.to_string())),
+    }
+    let keys = Keys::open(&config.keys)?;
+    let mut policies: HashMap<String, Policy> =
+        locum_policy::builtin().into_iter().map(|policy| (policy.name.clone(), policy)).collect();
+    for path in &config.policies {
+        let read = std::fs::read_to_string(path);
+        let text = read.map_err(|source| MonitorError::PolicyFile { path: path.clone(), source })?;
+        let parsed = locum_policy::parse(&path.to_string_lossy(), &text)?;
+        policies.extend(parsed.into_iter().map(|policy| (policy.name.clone(), policy)));
+    }
+    raise_descriptor_limit();
+    credentials::limit_process().map_err(|source| MonitorError::Rights {
+        needed: "CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH, CAP_SYS_CHROOT, CAP_SETUID, CAP_SETGID and CAP_SETPCAP",
+        source,
+    })?;
+    crash::install().map_err(own("handle crashes"))?;
+    signal::handle(signal::Restart::No).map_err(own("handle SIGUSR1"))?;
+    let open = |path| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+    };
+    Ok(Shared {
+        keys,
+        policies,
+        runtime_dir: config.runtime_dir,
+        boot: record::boot_id().map_err(|source| MonitorError::Own { doing: "read the boot id", source })?,
+        own_descriptors: open(c"/proc/self/fd").map_err(own("open /proc/self/fd"))?,
+        own_root: open(c"/").map_err(own("open /"))?,
+        keeper: Mutex::default(),
+        sessions: Mutex::default(),
+        ending: Mutex::default(),
+        connected: AtomicU64::new(0),
+    })
+}
+
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // Refused only if the hard limit changed meanwhile; then the soft one stays.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// Waits until a keeper takes us.
+fn connect(runtime_dir: &RuntimeDir, generation: Option<u64>) -> Result<(Connection, u64), MonitorError> {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let hello =
+            Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned(), generation };
+        match Connection::open(runtime_dir, &hello) {
+            Ok((connection, keeper)) => {
+                tracing::info!(keeper = keeper.pid, generation = keeper.generation, "connected to the keeper");
+                return Ok((connection, keeper.generation));
+            }
+            Err(error) if error.is_absence() => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Hands a new keeper all that this monitor holds.
+fn fill(shared: &Shared, connection: &Connection) {
+    for session in shared.sessions() {
+        let served: Vec<_> = lock(&session.served).values().cloned().collect();
+        for served in served {
+            let filled = served
+                .parks()
+                .map_err(ClientError::from)
+                .and_then(|parks| connection.fill(&served.delivery, &served.listener, &parks));
+            if let Err(error) = filled {
+                tracing::warn!(session = session.id, "the keeper was not handed a listener: {error}");
+            }
+        }
+    }
+}
+
+/// Takes what the keeper tells, until it is gone.
+fn serve(shared: &Arc<Shared>, connection: &Connection) {
+    loop {
+        match connection.receive() {
+            Ok(Event::Lease { delivery, listener, parks }) => adopt::adopt(shared, delivery, listener, parks),
+            Ok(Event::Ended { listener }) => adopt::end(shared, listener),
+            Ok(Event::Lost) => return,
+            Err(error) => {
+                tracing::warn!("the keeper cannot be understood: {error}");
+                return;
+            }
+        }
+    }
+}
+

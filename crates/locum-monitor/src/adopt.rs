@@ -1,0 +1,163 @@
+//! From a delivery to a session that is served, and its end.
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use locum_journal::{Journal, JournalError};
+use locum_keeper::client::Park;
+use locum_keeper::protocol::{Delivery, Door, ListenerId};
+use locum_kernel::notify::Listener;
+use locum_kernel::process::Thread;
+use locum_kernel::signal;
+use locum_policy::{Metadata, Policy, State, Subject};
+
+use crate::Shared;
+use crate::keys::KeyId;
+use crate::record::{Process, Record, RecordError, VERSION};
+use crate::recovery;
+use crate::session::{Granted, Served, Session, lock};
+use crate::worker;
+
+/// Why a session gets nothing: its calls are then made as if locum were not there.
+#[derive(Debug, thiserror::Error)]
+enum Denied {
+    #[error("the runtime's state: {0}")]
+    State(#[from] locum_policy::StateError),
+    #[error("the profile names no policy: set listenerMetadata to policy=NAME")]
+    NoMetadata,
+    #[error("listenerMetadata: {0}")]
+    Metadata(#[from] locum_policy::MetadataError),
+    #[error("there is no policy {0:?}: give its file to the monitor, or use the built-in virtiofsd")]
+    NoPolicy(String),
+    #[error(transparent)]
+    Policy(#[from] locum_policy::PolicyError),
+    #[error("uid {uid} may not choose the policy {policy:?}; its `peers` are {peers:?}")]
+    Peer { uid: u32, policy: String, peers: Vec<u32> },
+    #[error(transparent)]
+    Scope(#[from] locum_policy::ScopeError),
+    #[error("there is no key {0:?} in the key directory")]
+    Key(String),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Takes on a listener: a session's first, one more, or one that a former monitor served.
+pub(crate) fn adopt(shared: &Arc<Shared>, delivery: Delivery, listener: Listener, parks: Vec<Park>) {
+    let id = delivery.session.to_string();
+    let known = lock(&shared.sessions).get(&id).cloned();
+    let session = match known.map_or_else(|| begin(shared, &id, &delivery), Ok) {
+        Ok(session) => session,
+        Err(error) => return tracing::error!(session = id, "not served, its calls wait: {error}"),
+    };
+    let served = Arc::new(Served::new(delivery, listener, parks));
+    lock(&session.served).insert(served.id(), Arc::clone(&served));
+    recovery::adopt(&session, &served);
+    worker::start(&session, &served, None);
+    tracing::info!(session = id, listener = format!("{:016x}", served.id()), "serving");
+}
+
+/// Lets go of a listener whose last user is gone, and of its session with the last of them.
+pub(crate) fn end(shared: &Shared, listener: ListenerId) {
+    for session in shared.sessions() {
+        let mut all = lock(&session.served);
+        let Some(served) = all.remove(&listener.0) else { continue };
+        let is_last = all.is_empty();
+        drop(all);
+        served.ended.store(true, Ordering::Release);
+        for watch in lock(&served.watches).iter() {
+            let _ = signal::interrupt(watch.tid());
+        }
+        lock(&shared.ending).push(served);
+        if is_last {
+            lock(&shared.sessions).remove(&session.id);
+            if let Err(error) = std::fs::remove_dir_all(shared.folder(&session.id)) {
+                tracing::warn!(session = session.id, "its folder stays behind: {error}");
+            }
+            tracing::info!(session = session.id, "ended");
+        }
+        return;
+    }
+}
+
+fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Session>, JournalError> {
+    let folder = shared.folder(id);
+    let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder);
+    made.map_err(|source| JournalError::Open { path: folder.clone(), source })?;
+    let journal = Journal::open(&folder.join("journal"))?;
+    let granted = grant(shared, id, delivery)
+        .inspect_err(|why| tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}"))
+        .ok();
+    let session = Arc::new(Session::new(id.to_owned(), granted, journal, Arc::clone(shared)));
+    lock(&shared.sessions).insert(id.to_owned(), Arc::clone(&session));
+    Ok(session)
+}
+
+fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Denied> {
+    let state = State::parse(&delivery.state)?;
+    let metadata: Metadata = state.metadata.as_deref().ok_or(Denied::NoMetadata)?.parse()?;
+    let policy = find_policy(shared, &metadata.policy)?;
+    let uid = delivery.peer.uid;
+    if !policy.permits_peer(uid) {
+        return Err(Denied::Peer { uid, policy: policy.name.clone(), peers: policy.peers.clone() });
+    }
+    let first = first_process(delivery, &state);
+    let path = shared.folder(id).join("record.json");
+    let key_of = |text: &str| {
+        text.parse::<KeyId>()
+            .ok()
+            .filter(|key| shared.keys.secret(*key).is_some())
+            .ok_or_else(|| Denied::Key(text.to_owned()))
+    };
+    if let Some(record) = Record::read(&path, &shared.boot)? {
+        let key = key_of(&record.key)?;
+        return Ok(Granted::new(policy, key, record, first));
+    }
+    let key = metadata.key.as_deref().map_or_else(|| Ok(shared.keys.newest()), key_of)?;
+    let is_root = matches!(delivery.door, Door::Root);
+    let subject = Subject { peer_uid: (!is_root).then_some(uid), container: &state.container, annotations: &state.annotations };
+    let record = Record {
+        version: VERSION,
+        boot: shared.boot.clone(),
+        container: state.container.clone(),
+        policy: policy.name.clone(),
+        scope: policy.scope(&subject)?,
+        key: key.to_string(),
+        process: first.as_ref().and_then(|first| {
+            Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })
+        }),
+        exports: Vec::new(),
+    };
+    record.write(&path)?;
+    Ok(Granted::new(policy, key, record, first))
+}
+
+/// A policy that the monitor was started with, or one in the runtime directory's `policies`.
+fn find_policy(shared: &Shared, name: &str) -> Result<Policy, Denied> {
+    if let Some(policy) = shared.policies.get(name) {
+        return Ok(policy.clone());
+    }
+    // The name has passed `Metadata`, which takes no separator.
+    let path = shared.runtime_dir.policies().join(format!("{name}.toml"));
+    let text = std::fs::read_to_string(&path).map_err(|_| Denied::NoPolicy(name.to_owned()))?;
+    let parsed = locum_policy::parse(&path.to_string_lossy(), &text)?;
+    parsed.into_iter().find(|policy| policy.name == name).ok_or_else(|| Denied::NoPolicy(name.to_owned()))
+}
+
+/// The workload's first process as the runtime names it, if that may be believed: root's word is; a rootless user's only
+/// for a process of its own, or in a user namespace that it owns.
+fn first_process(delivery: &Delivery, state: &State) -> Option<Thread> {
+    let process = Thread::hold(state.first_process()?).ok()?;
+    let believed = match delivery.door {
+        Door::Root => true,
+        Door::User(_) => {
+            let uid = delivery.peer.uid;
+            process.status().is_ok_and(|status| status.effective_user == uid)
+                || process.namespace_owner().is_ok_and(|owner| owner == uid)
+        }
+    };
+    if !believed {
+        tracing::warn!(session = %delivery.session, pid = process.tid(), "the runtime named a process that is not its peer's");
+    }
+    believed.then_some(process)
+}

@@ -1,0 +1,209 @@
+//! The one place that answers callers, by the id of their call.
+
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use locum_journal::{Left, Slot, Stage};
+use locum_kernel::Errno;
+use locum_kernel::notify::{Answer, CallId, Notification};
+use rustix::fs::OFlags;
+
+use crate::caller::Caller;
+use crate::calls::{CutOff, Outcome, Written};
+use crate::session::{Served, Session, Undelivered, now_ms};
+
+/// Delivers to the callers of one listener.
+pub(crate) struct Post<'a> {
+    pub(crate) session: &'a Session,
+    pub(crate) served: &'a Served,
+}
+
+impl Post<'_> {
+    /// Has `outcome` happen to the caller. `kept` is the earlier result that it stands for. `None`: the slot stays behind
+    /// with a result that could not be delivered.
+    pub(crate) fn deliver(
+        &self,
+        slot: Slot,
+        call: &Notification,
+        caller: &Arc<Caller>,
+        outcome: Outcome,
+        kept: Option<Undelivered>,
+    ) -> Option<Slot> {
+        let answer = match outcome {
+            Outcome::Give { file, close_on_exec } => return self.give(slot, call, caller, file, close_on_exec, kept),
+            Outcome::Decline => Answer::Continue,
+            Outcome::Fail(error) => Answer::Error(error),
+            Outcome::Refuse(error, why) => {
+                self.session.counters.refused().fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(session = self.session.id, tid = call.tid, nr = call.nr, "refused: {why}");
+                Answer::Error(error)
+            }
+            Outcome::Write(written, result) => match self.write(call.id, caller, &written).and(result) {
+                Ok(()) => Answer::Value(0),
+                Err(error) => Answer::Error(error),
+            },
+        };
+        self.send(call.id, answer);
+        slot.settle();
+        Some(slot)
+    }
+
+    /// Answers the call `id`. That nobody waits for it any more is no error.
+    pub(crate) fn send(&self, id: CallId, answer: Answer) -> bool {
+        match self.served.listener.send(id, answer) {
+            Ok(()) => {
+                self.session.counters.calls().fetch_add(1, Ordering::Relaxed);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(session = self.session.id, "an answer was not taken: {error}");
+                false
+            }
+        }
+    }
+
+    /// The file that waits in the park of `slot` for the call `id`.
+    pub(crate) fn parked(&self, slot: &Slot, id: CallId) -> Option<OwnedFd> {
+        self.served.park(slot.index(), &self.session.shared).ok()?.look(id)
+    }
+
+    fn write(&self, id: CallId, caller: &Arc<Caller>, written: &Written) -> Result<(), Errno> {
+        // The caller's memory was opened before this; from here on nothing else is written to.
+        if !self.served.listener.still_waits(id) {
+            return Err(Errno::INTR);
+        }
+        let put = |caller: &Caller| {
+            let (first, then) = (&written.put, &written.written);
+            caller.memory.put_and_write((first.0, &first.1), (then.0, &then.1))
+        };
+        match put(caller) {
+            Err(Errno::SRCH) => {
+                // The thread has executed another program since it was remembered.
+                self.session.callers.forget(caller.thread.tid());
+                let caller = self.session.callers.meet(caller.thread.tid())?;
+                if !self.served.listener.still_waits(id) {
+                    return Err(Errno::INTR);
+                }
+                put(&caller)
+            }
+            done => done,
+        }
+    }
+
+    /// Hands `file` over: park, journal, ADDFD, SEND.
+    fn give(
+        &self,
+        slot: Slot,
+        call: &Notification,
+        caller: &Caller,
+        file: OwnedFd,
+        close_on_exec: bool,
+        kept: Option<Undelivered>,
+    ) -> Option<Slot> {
+        let park = match self.served.park(slot.index(), &self.session.shared) {
+            Ok(park) => park,
+            Err(error) => return self.give_up(slot, call, error),
+        };
+        if let Err(error) = park.put(call.id, file.as_fd()) {
+            return self.give_up(slot, call, error);
+        }
+        slot.parked();
+        let there = kept.as_ref().and_then(|kept| kept.descriptor);
+        let there = there.filter(|fd| caller.thread.has(*fd, file.as_fd()) == Ok(true));
+        if let Some(kept) = kept {
+            // Noted in this slot first: no moment at which the caller's number is nowhere.
+            if let Some(descriptor) = there {
+                slot.installed(descriptor);
+            }
+            kept.settle();
+        }
+        let number = there.map_or_else(|| self.served.listener.add_descriptor(call.id, file.as_fd(), close_on_exec), Ok);
+        self.finish(slot, call, caller.started, file, &park, number)
+    }
+
+    /// Goes on with a hand-over that a dead monitor began.
+    pub(crate) fn hand_over_again(&self, slot: Slot, left: &Left, caller: &Caller, file: OwnedFd) -> Option<Slot> {
+        let call = &left.call;
+        let park = match self.served.park(slot.index(), &self.session.shared) {
+            Ok(park) => park,
+            Err(error) => return self.give_up(slot, call, error),
+        };
+        let number = match find(left, caller, &file) {
+            Ok(Some(number)) => Ok(number),
+            Ok(None) => {
+                let flags = OFlags::from_bits_retain(call.args[2] as u32);
+                self.served.listener.add_descriptor(call.id, file.as_fd(), flags.contains(OFlags::CLOEXEC))
+            }
+            Err(error) => Err(error),
+        };
+        self.finish(slot, call, caller.started, file, &park, number)
+    }
+
+    fn finish(
+        &self,
+        slot: Slot,
+        call: &Notification,
+        caller_started: u64,
+        file: OwnedFd,
+        park: &Arc<crate::park::Park>,
+        number: Result<RawFd, Errno>,
+    ) -> Option<Slot> {
+        let withdrawn = match number {
+            Ok(number) => {
+                slot.installed(number);
+                slot.sending();
+                if self.send(call.id, Answer::Value(i64::from(number))) {
+                    slot.settle();
+                    park.take();
+                    return Some(slot);
+                }
+                Some(number)
+            }
+            Err(Errno::MFILE) => {
+                self.send(call.id, Answer::Error(Errno::MFILE));
+                None
+            }
+            Err(error) => {
+                if self.served.listener.still_waits(call.id) {
+                    tracing::warn!(session = self.session.id, "cannot hand a descriptor over: {error}; EIO");
+                    self.send(call.id, Answer::Error(Errno::IO));
+                }
+                None
+            }
+        };
+        if withdrawn.is_none() && CutOff::of(call) == CutOff::Repeat {
+            slot.settle();
+            park.take();
+            return Some(slot);
+        }
+        let since = now_ms();
+        slot.undelivered(since);
+        self.session.keep(Undelivered {
+            slot,
+            park: Arc::clone(park),
+            file,
+            call: *call,
+            caller_started,
+            descriptor: withdrawn,
+            since,
+        });
+        None
+    }
+
+    fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Option<Slot> {
+        tracing::error!(session = self.session.id, "cannot park a file: {error}; EIO");
+        self.send(call.id, Answer::Error(Errno::IO));
+        slot.settle();
+        Some(slot)
+    }
+}
+
+/// The number under which the caller has `file`, if it has it.
+pub(crate) fn find(left: &Left, caller: &Caller, file: &OwnedFd) -> Result<Option<RawFd>, Errno> {
+    let noted = matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered);
+    if noted && caller.thread.has(left.descriptor, file.as_fd())? {
+        return Ok(Some(left.descriptor));
+    }
+    caller.thread.find(file.as_fd())
+}

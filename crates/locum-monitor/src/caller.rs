@@ -1,0 +1,85 @@
+//! The threads that call, held and remembered.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use locum_kernel::Errno;
+use locum_kernel::memory::AddressSpace;
+use locum_kernel::process::{Ids, Status, Thread};
+
+/// Threads that one session remembers; each costs four descriptors.
+const REMEMBERED: usize = 128;
+
+/// A thread that waits for its call.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    pub(crate) thread: Thread,
+    /// Where results are written; opened before the call is found to be still waiting.
+    pub(crate) memory: AddressSpace,
+    /// When the thread started, in clock ticks since boot.
+    pub(crate) started: u64,
+    status: Status,
+}
+
+impl Caller {
+    fn meet(tid: u32) -> Result<Self, Errno> {
+        let thread = Thread::hold(tid)?;
+        let memory = AddressSpace::open(thread.proc())?;
+        let (status, started) = (thread.status()?, thread.start_time()?);
+        Ok(Self { thread, memory, started, status })
+    }
+
+    /// The ids with which the thread opens files now.
+    pub(crate) fn ids(&self) -> Result<std::borrow::Cow<'_, Ids>, Errno> {
+        if self.status.ids_fixed {
+            return Ok(std::borrow::Cow::Borrowed(&self.status.ids));
+        }
+        self.thread.status().map(|status| std::borrow::Cow::Owned(status.ids))
+    }
+
+    /// Whether the thread can be remembered: not one that may leave its address space to another process by exec, as the
+    /// child of a vfork does. Remaining race: one that shares it with a process that is not its parent. It would have its
+    /// results written where it was before, which is memory of the same workload.
+    fn lasts(&self) -> bool {
+        self.status.parent == 0 || self.thread.shares_memory_with(self.status.parent) == Ok(false)
+    }
+}
+
+/// The callers that a session remembers.
+#[derive(Debug, Default)]
+pub(crate) struct Callers(Mutex<HashMap<u32, Arc<Caller>>>);
+
+impl Callers {
+    /// Whoever has the id `tid` now. ENOENT or ESRCH: nobody.
+    pub(crate) fn meet(&self, tid: u32) -> Result<Arc<Caller>, Errno> {
+        let known = self.lock().get(&tid).cloned();
+        if let Some(caller) = known {
+            if caller.thread.lives() {
+                return Ok(caller);
+            }
+            self.forget(tid);
+        }
+        let caller = Arc::new(Caller::meet(tid)?);
+        if caller.lasts() {
+            let mut known = self.lock();
+            if known.len() >= REMEMBERED {
+                known.retain(|_, caller| caller.thread.lives());
+            }
+            if known.len() >= REMEMBERED {
+                known.clear();
+            }
+            known.insert(tid, Arc::clone(&caller));
+        }
+        Ok(caller)
+    }
+
+    /// Has the thread `tid` looked at anew the next time: it changed its address space.
+    pub(crate) fn forget(&self, tid: u32) {
+        self.lock().remove(&tid);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Arc<Caller>>> {
+        // Each change of the map is one call: a panic elsewhere leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,108 @@
+//! open_by_handle_at(2).
+
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+
+use locum_kernel::credentials::Rights;
+use locum_kernel::handle::{self, Handle, MAX_BYTES};
+use locum_kernel::notify::Notification;
+use locum_kernel::{Errno, memory};
+use rustix::fs::{FileType, OFlags};
+
+use super::super::{Outcome, int};
+use super::{Bench, Caller, Grant, Identity, own_folder, reopen};
+use crate::exports::mount_id;
+
+const AT_FDCWD: RawFd = -100;
+/// Bytes of `struct file_handle` before the handle's own.
+const HEAD: usize = 8;
+/// What of a `handle_type` is flags for the kernel (6.13).
+const KIND_FLAGS: i32 = 0xffff_0000_u32.cast_signed();
+
+/// One call, copied out of the workload.
+#[derive(Debug)]
+pub(super) struct Request {
+    mount: OwnedFd,
+    mount_id: u64,
+    handle: Handle,
+    flags: OFlags,
+}
+
+/// What may be done.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// The kernel's handle may be opened on the mount of the request.
+    Open { handle: Handle },
+    /// Nothing.
+    Fail(Errno),
+    /// Nothing, and it looks like an attempt at what was never granted.
+    Refuse(Errno, &'static str),
+}
+
+pub(super) fn read(call: &Notification, caller: &Caller) -> Result<Request, Errno> {
+    let [mount, handle_at, flags, ..] = call.args;
+    let mut bytes = [0; HEAD + MAX_BYTES];
+    let got = memory::read(call.tid, handle_at, &mut bytes)?;
+    let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or(Errno::FAULT)?;
+    if got < HEAD {
+        return Err(Errno::FAULT);
+    }
+    let [a, b, c, d, e, f, g, h] = *head;
+    let (len, kind) = (u32::from_ne_bytes([a, b, c, d]) as usize, i32::from_ne_bytes([e, f, g, h]));
+    if len == 0 || len > MAX_BYTES || kind < 0 || (kind & KIND_FLAGS != 0 && !handle::kind_known(kind)) {
+        return Err(Errno::INVAL);
+    }
+    let own = rest.get(..len).filter(|_| got >= HEAD + len).ok_or(Errno::FAULT)?;
+    let handle = Handle::new(kind, own).ok_or(Errno::INVAL)?;
+    let mount = match int(mount) {
+        AT_FDCWD => own_folder(caller, c"cwd", OFlags::RDONLY)?,
+        fd => caller.thread.descriptor(fd)?,
+    };
+    if rustix::fs::fcntl_getfl(&mount)?.contains(OFlags::PATH) {
+        return Err(Errno::BADF);
+    }
+    let mount_id = mount_id(&mount)?;
+    Ok(Request { mount, mount_id, handle, flags: OFlags::from_bits_retain(int(flags).cast_unsigned()) })
+}
+
+pub(super) fn permit(request: &Request, grant: &Grant<'_>) -> Verdict {
+    let Some(export) = grant.export_on(request.mount_id) else { return Verdict::Fail(Errno::STALE) };
+    match export.signer.verify(&request.handle) {
+        Some(handle) => Verdict::Open { handle },
+        None => Verdict::Refuse(Errno::STALE, "a handle that this session was not given for this export"),
+    }
+}
+
+pub(super) fn perform(
+    request: &Request,
+    handle: &Handle,
+    caller: &Caller,
+    bench: &mut Bench<'_>,
+) -> Result<Outcome, Errno> {
+    let ids = caller.ids()?;
+    bench.worker.have(Rights::Decode)?;
+    let path_only = OFlags::PATH | OFlags::CLOEXEC;
+    let found = handle::open_by_handle_at(request.mount.as_fd(), handle, path_only.bits().cast_signed())?;
+    let stat = rustix::fs::fstat(&found)?;
+    let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
+    if let Some(file) = (bench.kept)(Identity { device: stat.st_dev, inode: stat.st_ino }) {
+        return Ok(Outcome::Give { file, close_on_exec });
+    }
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let flags = if request.flags.contains(OFlags::PATH) {
+        // A true O_PATH descriptor cannot be handed over: one that can only be read stands in for it.
+        if !matches!(kind, FileType::RegularFile | FileType::Directory) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        OFlags::RDONLY | request.flags & OFlags::DIRECTORY
+    } else {
+        // A device would be opened under the monitor's device cgroup, not the caller's.
+        if matches!(kind, FileType::CharacterDevice | FileType::BlockDevice) {
+            return Err(Errno::ACCESS);
+        }
+        // What a handle names is never followed further, and /proc/self/fd always must be.
+        request.flags - OFlags::NOFOLLOW
+    };
+    bench.worker.act_as(&ids)?;
+    let file = reopen(bench, &found, flags)?;
+    Ok(Outcome::Give { file, close_on_exec })
+}

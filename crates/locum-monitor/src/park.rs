@@ -1,0 +1,110 @@
+//! A place where an open file waits while it is handed over, outside every process that may die: a socket of which the
+//! keeper holds a copy.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use locum_kernel::Errno;
+use locum_kernel::notify::CallId;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType,
+};
+
+/// One such place, that of one slot for one listener.
+#[derive(Debug)]
+pub(crate) struct Park {
+    near: OwnedFd,
+    far: OwnedFd,
+}
+
+impl Park {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let (near, far) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        Ok(Self { near, far })
+    }
+
+    pub(crate) fn of(near: OwnedFd, far: OwnedFd) -> Self {
+        Self { near, far }
+    }
+
+    /// Both ends, for the keeper.
+    pub(crate) fn ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        use std::os::fd::AsFd as _;
+        (self.near.as_fd(), self.far.as_fd())
+    }
+
+    /// Puts `file` there, for the call `id`.
+    pub(crate) fn put(&self, id: CallId, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = [file];
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        let id = id.0.to_ne_bytes();
+        rustix::net::sendmsg(&self.near, &[IoSlice::new(&id)], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// A copy of the file that waits for the call `id`, which goes on waiting. Whatever waits before it, for calls that
+    /// are over, is closed.
+    pub(crate) fn look(&self, id: CallId) -> Option<OwnedFd> {
+        loop {
+            let (found, file) = self.receive(RecvFlags::PEEK)?;
+            if found == id {
+                return file;
+            }
+            self.receive(RecvFlags::empty())?;
+        }
+    }
+
+    /// Closes all that waits.
+    pub(crate) fn clear(&self) {
+        while self.receive(RecvFlags::empty()).is_some() {}
+    }
+
+    /// Closes the one thing that waits.
+    pub(crate) fn take(&self) {
+        let _ = self.receive(RecvFlags::empty());
+    }
+
+    fn receive(&self, flags: RecvFlags) -> Option<(CallId, Option<OwnedFd>)> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut id = [0; 8];
+        let flags = flags | RecvFlags::CMSG_CLOEXEC;
+        let message = rustix::net::recvmsg(&self.far, &mut [IoSliceMut::new(&mut id)], &mut control, flags).ok()?;
+        let file = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            _ => None,
+        });
+        (message.bytes > 0).then_some((CallId(u64::from_ne_bytes(id)), file))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_waits_for_its_own_call_until_it_is_taken() {
+        let park = Park::new().unwrap();
+        let file = |path| std::fs::File::open(path).unwrap();
+        park.put(CallId(1), file("/proc/self/maps").as_fd()).unwrap();
+        park.put(CallId(2), file("/proc/self/status").as_fd()).unwrap();
+        for _ in 0..2 {
+            assert!(park.look(CallId(2)).is_some());
+        }
+        assert!(park.look(CallId(1)).is_none(), "the older one was closed, the newer one with it now");
+        park.put(CallId(3), file("/proc/self/maps").as_fd()).unwrap();
+        park.take();
+        assert!(park.look(CallId(3)).is_none());
+    }
+}

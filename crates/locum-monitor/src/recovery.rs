@@ -1,0 +1,141 @@
+//! What a dead monitor left in the journal, and how it is settled.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use locum_journal::{Left, Slot, Stage};
+use locum_kernel::Errno;
+
+use crate::answer::find;
+use crate::calls::CutOff;
+use crate::session::{KEPT_MS, Served, Session, Undelivered, now_ms};
+use crate::worker;
+
+/// A call on which the monitor crashed this often is not tried again.
+const CRASHES: u64 = 2;
+/// Nor is one in which this many monitors ended without a crash of their own: SIGKILL from outside says little about the
+/// call, unless it comes every time.
+const TRIES: u64 = 6;
+
+/// What is to be done for a call that still waits.
+#[derive(Debug)]
+pub(crate) enum Repair {
+    /// Carry it out, as if it had just come.
+    Serve,
+    /// Finish handing this file over.
+    HandOver(OwnedFd),
+    /// Give it up.
+    Fail(Errno, &'static str),
+}
+
+/// Decides on a call that still waits, with the file that is parked for it.
+pub(crate) fn decide(left: &Left, parked: Option<OwnedFd>) -> Repair {
+    if let Some(file) = parked {
+        return Repair::HandOver(file);
+    }
+    if left.stage == Stage::Receiving {
+        return Repair::Serve;
+    }
+    if left.crashes >= CRASHES || left.tries >= TRIES {
+        return Repair::Fail(Errno::IO, "a call on which the monitor died more than once is given up");
+    }
+    match CutOff::of(&left.call) {
+        CutOff::Repeat => Repair::Serve,
+        CutOff::Neither => Repair::Fail(Errno::INTR, "a call that may have happened and cannot be repeated was cut off"),
+    }
+}
+
+/// Goes through what dead monitors left of `served`: each call that still waits gets a worker, which settles it.
+pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
+    let (waiting, over): (Vec<Slot>, Vec<Slot>) = Slot::take_left(&session.journal, served.id())
+        .into_iter()
+        .partition(|slot| slot.call_id().is_some_and(|id| served.listener.still_waits(id)));
+    for slot in over {
+        if let Some(slot) = keep_withdrawn(session, served, slot, &waiting) {
+            slot.settle();
+            if let Ok(park) = served.park(slot.index(), &session.shared) {
+                park.clear();
+            }
+        }
+    }
+    for slot in waiting {
+        worker::start(session, served, Some(slot));
+    }
+}
+
+/// Keeps what is in `slot` if it is a descriptor that the caller has and does not know of. Gives the slot back if not.
+fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slot]) -> Option<Slot> {
+    let Some(left) = slot.left() else { return Some(slot) };
+    // In the stage Sending, the answer was most likely taken; to give the same number out twice would be worse than to
+    // leave one behind.
+    if !matches!(left.stage, Stage::Parked | Stage::Installed | Stage::Undelivered) {
+        return Some(slot);
+    }
+    let since = if left.stage == Stage::Undelivered { left.since } else { now_ms() };
+    let Ok(park) = served.park(slot.index(), &session.shared) else { return Some(slot) };
+    let Some(file) = park.look(left.call.id) else { return Some(slot) };
+    let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
+    let is_same_thread = left.caller_started == caller.started;
+    if !is_same_thread || now_ms().saturating_sub(since) >= KEPT_MS {
+        return Some(slot);
+    }
+    let descriptor = find(&left, &caller, &file).ok().flatten();
+    let taken = |number| {
+        session.stands_for(left.call.tid, number)
+            || waiting.iter().filter_map(Slot::left).any(|other| {
+                (other.call.tid, other.descriptor) == (left.call.tid, number)
+                    && matches!(other.stage, Stage::Installed | Stage::Sending)
+            })
+    };
+    if descriptor.is_some_and(taken) || (descriptor.is_none() && CutOff::of(&left.call) == CutOff::Repeat) {
+        return Some(slot);
+    }
+    if let Some(number) = descriptor {
+        slot.installed(number);
+    }
+    slot.undelivered(since);
+    session.keep(Undelivered { slot, park, file, call: left.call, caller_started: left.caller_started, descriptor, since });
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use locum_kernel::notify::{CallId, Notification};
+    use locum_policy::Call;
+    use rustix::fs::OFlags;
+
+    use super::*;
+    use crate::calls::handles::number;
+
+    fn left(stage: Stage, flags: OFlags) -> Left {
+        let call = Notification {
+            id: CallId(1),
+            tid: 2,
+            nr: number(Call::OpenByHandleAt),
+            arch: 0,
+            instruction_pointer: 0,
+            args: [0, 0, u64::from(flags.bits()), 0, 0, 0],
+        };
+        Left { call, stage, tries: 1, crashes: 0, descriptor: 3, caller_started: 4, since: 0 }
+    }
+
+    #[test]
+    fn what_can_be_repeated_is_and_what_cannot_gets_eintr() {
+        assert!(matches!(decide(&left(Stage::Receiving, OFlags::TRUNC), None), Repair::Serve));
+        assert!(matches!(decide(&left(Stage::Performing, OFlags::RDONLY), None), Repair::Serve));
+        assert!(matches!(decide(&left(Stage::Performing, OFlags::TRUNC), None), Repair::Fail(Errno::INTR, _)));
+        for stage in [Stage::Performing, Stage::Parked, Stage::Installed, Stage::Sending] {
+            let file = std::fs::File::open("/dev/null").unwrap().into();
+            assert!(matches!(decide(&left(stage, OFlags::TRUNC), Some(file)), Repair::HandOver(_)));
+        }
+    }
+
+    #[test]
+    fn a_call_that_kills_is_not_tried_a_third_time() {
+        let once = Left { crashes: 1, tries: 1, ..left(Stage::Performing, OFlags::RDONLY) };
+        assert!(matches!(decide(&once, None), Repair::Serve));
+        assert!(matches!(decide(&Left { crashes: 2, tries: 2, ..once }, None), Repair::Fail(Errno::IO, _)));
+        assert!(matches!(decide(&Left { crashes: 0, tries: TRIES, ..once }, None), Repair::Fail(Errno::IO, _)));
+        assert!(matches!(decide(&Left { crashes: 0, tries: TRIES - 1, ..once }, None), Repair::Serve));
+    }
+}

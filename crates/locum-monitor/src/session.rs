@@ -1,0 +1,285 @@
+//! A workload as locum knows it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use locum_journal::{Counters, Journal, Slot};
+use locum_keeper::client;
+use locum_keeper::protocol::Delivery;
+use locum_kernel::Errno;
+use locum_kernel::notify::{Listener, Notification};
+use locum_kernel::process::Thread;
+use locum_policy::Policy;
+
+use crate::Shared;
+use crate::caller::{Caller, Callers};
+use crate::exports::Export;
+use crate::keys::KeyId;
+use crate::park::Park;
+use crate::record::{FoundExport, Record};
+use crate::watch::Watch;
+
+/// How long a result that could not be delivered is kept, in milliseconds.
+pub(crate) const KEPT_MS: u64 = 1000;
+/// How many such results a session keeps at most.
+const KEPT: usize = 64;
+
+/// What a session may have: nothing, if its policy, peer or key was not in order.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    pub(crate) policy: Policy,
+    pub(crate) key: KeyId,
+    pub(crate) record: Mutex<Record>,
+    /// The workload's first process, if the runtime named one that may be believed.
+    pub(crate) first: Option<Thread>,
+    exports: OnceLock<Vec<Export>>,
+}
+
+/// One session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) id: String,
+    pub(crate) granted: Option<Granted>,
+    pub(crate) journal: Arc<Journal>,
+    pub(crate) counters: Counters,
+    pub(crate) callers: Callers,
+    pub(crate) workers: AtomicUsize,
+    pub(crate) shared: Arc<Shared>,
+    /// Listener ids that are or were served here; a slot of any other is stale.
+    pub(crate) served: Mutex<HashMap<u64, Arc<Served>>>,
+    undelivered: Mutex<Vec<Undelivered>>,
+}
+
+/// One listener of a session.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) delivery: Delivery,
+    pub(crate) listener: Listener,
+    /// Workers that wait for a call.
+    pub(crate) idle: AtomicUsize,
+    pub(crate) ended: AtomicBool,
+    /// Whether every worker has been at its call for longer than the deadline.
+    pub(crate) overwhelmed: AtomicBool,
+    /// Whether one more than the limit stands by.
+    pub(crate) has_reserve: AtomicBool,
+    /// When the last worker was added, in milliseconds since boot.
+    pub(crate) grown: AtomicU64,
+    pub(crate) watches: Mutex<Vec<Arc<Watch>>>,
+    parks: Mutex<HashMap<u32, Arc<Park>>>,
+}
+
+/// A result whose call was withdrawn before it could be delivered.
+#[derive(Debug)]
+pub(crate) struct Undelivered {
+    pub(crate) slot: Slot,
+    pub(crate) park: Arc<Park>,
+    pub(crate) file: OwnedFd,
+    pub(crate) call: Notification,
+    pub(crate) caller_started: u64,
+    /// Its number in the caller's table, if it is there.
+    pub(crate) descriptor: Option<RawFd>,
+    /// In milliseconds since boot.
+    pub(crate) since: u64,
+}
+
+impl Undelivered {
+    /// Forgets it, everywhere.
+    pub(crate) fn settle(&self) {
+        self.slot.settle();
+        self.park.clear();
+    }
+
+    fn is_for(&self, call: &Notification, caller: &Caller) -> bool {
+        let known = &self.call;
+        (known.tid, self.caller_started) == (call.tid, caller.started)
+            && known.instruction_pointer == call.instruction_pointer
+            && (known.nr, known.args) == (call.nr, call.args)
+    }
+}
+
+impl Granted {
+    pub(crate) fn new(policy: Policy, key: KeyId, record: Record, first: Option<Thread>) -> Self {
+        Self { policy, key, record: Mutex::new(record), first, exports: OnceLock::new() }
+    }
+
+    /// The session's exports. They are looked for once: in the workload's first process, or, if none is known, as its first
+    /// caller sees them.
+    pub(crate) fn exports(&self, session: &Session, caller: &Caller) -> &[Export] {
+        self.exports.get_or_init(|| self.find_exports(session, self.first.as_ref().unwrap_or(&caller.thread)))
+    }
+
+    /// Looks for the exports now if the workload's first process is known.
+    pub(crate) fn find_now(&self, session: &Session) {
+        if let Some(first) = &self.first {
+            self.exports.get_or_init(|| self.find_exports(session, first));
+        }
+    }
+
+    fn find_exports(&self, session: &Session, of: &Thread) -> Vec<Export> {
+        let mut record = lock(&self.record);
+        let mut found = Vec::new();
+        for path in &self.policy.exports {
+            let before = record.exports.iter().find(|known| known.path == *path).map(|known| known.mount);
+            match Export::find(path, of, before, &session.shared.keys, self.key, &record.scope) {
+                Ok(export) => found.push(export),
+                Err(error) => tracing::warn!(
+                    session = session.id,
+                    export = path,
+                    "not an export: {error}; files there get EOPNOTSUPP and ESTALE"
+                ),
+            }
+        }
+        let exports: Vec<_> =
+            found.iter().map(|export| FoundExport { path: export.path.clone(), mount: export.unique }).collect();
+        if !exports.is_empty() && exports != record.exports {
+            record.exports = exports;
+            if let Err(error) = record.write(&session.shared.folder(&session.id).join("record.json")) {
+                tracing::error!(session = session.id, "{error}");
+            }
+        }
+        found
+    }
+}
+
+impl Session {
+    pub(crate) fn new(id: String, granted: Option<Granted>, journal: Arc<Journal>, shared: Arc<Shared>) -> Self {
+        let session = Self {
+            id,
+            granted,
+            counters: Counters::of(&journal),
+            journal,
+            callers: Callers::default(),
+            workers: AtomicUsize::new(0),
+            shared,
+            served: Mutex::default(),
+            undelivered: Mutex::default(),
+        };
+        if let Some(granted) = &session.granted {
+            granted.find_now(&session);
+        }
+        session
+    }
+
+    /// A free slot. Slots of listeners that this monitor does not serve are free once it has been told of all that live.
+    pub(crate) fn take_slot(&self) -> Option<Slot> {
+        let served = lock(&self.served);
+        Slot::take(&self.journal, |listener| self.shared.settled_in() && !served.contains_key(&listener))
+    }
+
+    /// Keeps a result for the thread whose call was withdrawn.
+    pub(crate) fn keep(&self, result: Undelivered) {
+        let mut kept = lock(&self.undelivered);
+        if kept.len() >= KEPT {
+            kept.remove(0).settle();
+        }
+        kept.push(result);
+    }
+
+    /// Takes the result that was kept for this very call, if `fits` agrees.
+    pub(crate) fn kept_for(
+        &self,
+        call: &Notification,
+        caller: &Caller,
+        fits: impl Fn(&OwnedFd) -> bool,
+    ) -> Option<Undelivered> {
+        let mut kept = lock(&self.undelivered);
+        let index = kept.iter().position(|result| result.is_for(call, caller) && fits(&result.file))?;
+        Some(kept.swap_remove(index))
+    }
+
+    /// Whether some result already stands for `descriptor` of the thread `tid`.
+    pub(crate) fn stands_for(&self, tid: u32, descriptor: RawFd) -> bool {
+        lock(&self.undelivered)
+            .iter()
+            .any(|result| (result.call.tid, result.descriptor) == (tid, Some(descriptor)))
+    }
+
+    /// Forgets the results whose time is over.
+    pub(crate) fn expire(&self, now: u64) {
+        lock(&self.undelivered).retain(|result| {
+            let keep = now.saturating_sub(result.since) < KEPT_MS;
+            if !keep {
+                result.settle();
+            }
+            keep
+        });
+    }
+}
+
+impl Served {
+    pub(crate) fn new(delivery: Delivery, listener: Listener, parks: Vec<client::Park>) -> Self {
+        // Not on kernels before 6.6, where answers are slower and nothing else differs.
+        let _ = listener.wake_synchronously();
+        let parks =
+            parks.into_iter().map(|park| (park.slot, Arc::new(Park::of(park.near, park.far)))).collect();
+        Self {
+            delivery,
+            listener,
+            idle: AtomicUsize::new(0),
+            ended: AtomicBool::new(false),
+            overwhelmed: AtomicBool::new(false),
+            has_reserve: AtomicBool::new(false),
+            grown: AtomicU64::new(0),
+            watches: Mutex::default(),
+            parks: Mutex::new(parks),
+        }
+    }
+
+    /// The listener's id, as slots carry it.
+    pub(crate) fn id(&self) -> u64 {
+        self.delivery.listener.0
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// The park of `slot`, made and shown to the keeper when it is first needed.
+    pub(crate) fn park(&self, slot: u32, shared: &Shared) -> Result<Arc<Park>, Errno> {
+        let mut parks = lock(&self.parks);
+        if let Some(park) = parks.get(&slot) {
+            return Ok(Arc::clone(park));
+        }
+        let park = Arc::new(Park::new()?);
+        shared.show_park(self, slot, &park);
+        parks.insert(slot, Arc::clone(&park));
+        Ok(park)
+    }
+
+    /// All parks, as copies for a keeper.
+    pub(crate) fn parks(&self) -> std::io::Result<Vec<client::Park>> {
+        lock(&self.parks).iter().map(|(slot, park)| copy(*slot, park)).collect()
+    }
+}
+
+pub(crate) fn copy(slot: u32, park: &Park) -> std::io::Result<client::Park> {
+    let (near, far) = park.ends();
+    Ok(client::Park { slot, near: near.try_clone_to_owned()?, far: far.try_clone_to_owned()? })
+}
+
+/// Every lock here guards data that is whole after each statement, so a panic of another holder spoils nothing.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Milliseconds since boot, the same for every process.
+pub(crate) fn now_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
+}
+
+/// Whether the listener's last user is gone.
+pub(crate) fn hung_up(listener: &Listener) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let fd = listener.as_fd();
+    let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
+    poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().contains(PollFlags::HUP)
+}
+
+/// The folder of a session in the runtime directory.
+pub(crate) fn folder(sessions: &Path, id: &str) -> std::path::PathBuf {
+    sessions.join(id)
+}

@@ -1,0 +1,177 @@
+//! Signed handles: the kernel's handle with a trailer that only a holder of the key could have made.
+//!
+//! | bytes of the trailer | hold |
+//! |---|---|
+//! | 0 | the trailer's version, 1 |
+//! | 1..4 | 0 |
+//! | 4..8 | the key's id |
+//! | 8..24 | HMAC-SHA-256, cut to 128 bits |
+//!
+//! The HMAC is over a version string and, each preceded by its length, the scope, the export's path in the policy, the
+//! handle's type and its bytes.
+
+use std::collections::BTreeMap;
+
+use hmac::{Hmac, Mac as _};
+use locum_kernel::handle::{Handle, MAX_BYTES};
+use sha2::Sha256;
+use subtle::ConstantTimeEq as _;
+
+use crate::keys::{KeyId, Keys};
+
+/// Bytes of the trailer.
+pub(crate) const TRAILER: usize = 24;
+const VERSION: u8 = 1;
+const MAC_BYTES: usize = 16;
+
+/// What a handle may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To be opened.
+    Open,
+    /// Only to be compared with others (AT_HANDLE_FID): signed so that it never verifies as one to be opened.
+    Compare,
+}
+
+impl Purpose {
+    fn version_string(self) -> &'static [u8] {
+        match self {
+            Self::Open => b"locum handle 1",
+            Self::Compare => b"locum fid 1",
+        }
+    }
+}
+
+/// Signs and verifies the handles of one export of one session.
+#[derive(Clone)]
+pub(crate) struct Signer {
+    key: KeyId,
+    /// For each key, the HMAC of all that comes before the handle.
+    begun: BTreeMap<KeyId, [Hmac<Sha256>; 2]>,
+}
+
+impl std::fmt::Debug for Signer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Signer").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Signer {
+    /// Signs with `key`, verifies with every key. `None`: there is no such key.
+    pub(crate) fn new(keys: &Keys, key: KeyId, scope: &str, export: &str) -> Option<Self> {
+        keys.secret(key)?;
+        let begun = keys.all().map(|(id, secret)| {
+            (id, [Purpose::Open, Purpose::Compare].map(|purpose| {
+                let mut mac = Hmac::<Sha256>::new(&secret.0.into());
+                mac.update(purpose.version_string());
+                field(&mut mac, scope.as_bytes());
+                field(&mut mac, export.as_bytes());
+                mac
+            }))
+        });
+        Some(Self { key, begun: begun.collect() })
+    }
+
+    /// `handle` with its trailer; `None` if [`MAX_BYTES`] leave no room for it.
+    pub(crate) fn sign(&self, handle: &Handle, purpose: Purpose) -> Option<Handle> {
+        let mut trailer = [0; TRAILER];
+        trailer[0] = VERSION;
+        trailer[4..8].copy_from_slice(&self.key.0);
+        trailer[8..].copy_from_slice(&self.code(self.key, handle.kind, handle.bytes(), purpose)?);
+        handle.with(&trailer)
+    }
+
+    /// The kernel's handle in `signed`, if this session was given it for this export, to be opened.
+    pub(crate) fn verify(&self, signed: &Handle) -> Option<Handle> {
+        let split = signed.bytes().len().checked_sub(TRAILER)?;
+        let (bytes, trailer) = signed.bytes().split_at(split);
+        let [VERSION, 0, 0, 0, a, b, c, d, code @ ..] = trailer else { return None };
+        let right = self.code(KeyId([*a, *b, *c, *d]), signed.kind, bytes, Purpose::Open)?;
+        bool::from(right.ct_eq(code)).then(|| Handle::new(signed.kind, bytes))?
+    }
+
+    fn code(&self, key: KeyId, kind: i32, bytes: &[u8], purpose: Purpose) -> Option<[u8; MAC_BYTES]> {
+        let [open, compare] = self.begun.get(&key)?;
+        let mut mac = if purpose == Purpose::Open { open.clone() } else { compare.clone() };
+        field(&mut mac, &kind.to_le_bytes());
+        field(&mut mac, bytes);
+        mac.finalize().into_bytes().first_chunk().copied()
+    }
+}
+
+fn field(mac: &mut Hmac<Sha256>, bytes: &[u8]) {
+    mac.update(&(bytes.len() as u64).to_le_bytes());
+    mac.update(bytes);
+}
+
+/// The longest handle of the kernel's that leaves room for a trailer.
+pub(crate) const MAX_SIGNABLE: usize = MAX_BYTES - TRAILER;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys() -> (tempfile::TempDir, Keys) {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = Keys::open(folder.path()).unwrap();
+        (folder, keys)
+    }
+
+    fn handle() -> Handle {
+        Handle::new(1, b"\x0c\x00\x00\x00\x5a\x11\x22\x33").unwrap()
+    }
+
+    #[test]
+    fn what_was_signed_verifies_and_is_always_the_same() {
+        let (_folder, keys) = keys();
+        let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
+        let signed = signer.sign(&handle(), Purpose::Open).unwrap();
+        assert_eq!(signed.bytes().len(), 8 + TRAILER);
+        assert_eq!(signer.verify(&signed), Some(handle()));
+        assert_eq!(signer.sign(&handle(), Purpose::Open), Some(signed));
+    }
+
+    #[test]
+    fn any_flipped_bit_cut_growth_or_type_is_refused() {
+        let (_folder, keys) = keys();
+        let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
+        let signed = signer.sign(&handle(), Purpose::Open).unwrap();
+        let refused = |kind, bytes: &[u8]| signer.verify(&Handle::new(kind, bytes).unwrap()).is_none();
+        for bit in 0..signed.bytes().len() * 8 {
+            let mut bytes = signed.bytes().to_vec();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(refused(1, &bytes), "bit {bit}");
+        }
+        for len in 0..signed.bytes().len() {
+            assert!(refused(1, &signed.bytes()[..len]), "{len} bytes");
+        }
+        assert!(refused(1, &[signed.bytes(), &[0]].concat()));
+        assert!(refused(2, signed.bytes()));
+    }
+
+    #[test]
+    fn scope_export_key_and_purpose_do_not_mix() {
+        let ((_one, keys), (_two, others)) = (keys(), keys());
+        let signer = |keys: &Keys, scope, export| Signer::new(keys, keys.newest(), scope, export).unwrap();
+        let own = signer(&keys, "scope", "/share");
+        for other in [
+            signer(&keys, "scopf", "/share"),
+            signer(&keys, "scope/", "share"),
+            signer(&keys, "scope", "/share2"),
+            signer(&others, "scope", "/share"),
+        ] {
+            assert_eq!(own.verify(&other.sign(&handle(), Purpose::Open).unwrap()), None);
+        }
+        assert_eq!(own.verify(&own.sign(&handle(), Purpose::Compare).unwrap()), None);
+        assert!(Signer::new(&keys, others.newest(), "scope", "/share").is_none());
+    }
+
+    #[test]
+    fn the_longest_signable_handle_fits_exactly() {
+        let (_folder, keys) = keys();
+        let signer = Signer::new(&keys, keys.newest(), "s", "/").unwrap();
+        let sign = |len| signer.sign(&Handle::new(1, &vec![9; len]).unwrap(), Purpose::Open);
+        assert!(sign(MAX_SIGNABLE).is_some());
+        assert!(sign(MAX_SIGNABLE + 1).is_none());
+    }
+}

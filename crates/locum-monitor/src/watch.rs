@@ -1,0 +1,107 @@
+//! Nobody waits for ever: one thread looks at what every worker is about, and answers for those that take too long.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use locum_kernel::notify::{Answer, CallId};
+use locum_kernel::{Errno, signal};
+
+use crate::Shared;
+use crate::answer::Post;
+use crate::session::{Served, Session, lock, now_ms};
+use crate::worker;
+
+/// How often it looks.
+const TICK: Duration = Duration::from_millis(50);
+/// After so many milliseconds it is asked whether the caller still waits, so that a worker does not block for a dead one.
+const PATIENCE_MS: u64 = 100;
+
+/// What one worker is about.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    tid: u32,
+    /// Whether it is the one that stands by when all others are late.
+    reserve: bool,
+    /// When its call began, in milliseconds since boot; 0 if it has none.
+    since: AtomicU64,
+    call: AtomicU64,
+}
+
+impl Watch {
+    pub(crate) fn of_this_thread(reserve: bool) -> Self {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        Self { tid, reserve, since: AtomicU64::new(0), call: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn tid(&self) -> u32 {
+        self.tid
+    }
+
+    pub(crate) fn begin(&self, call: CallId) {
+        self.call.store(call.0, Ordering::Relaxed);
+        self.since.store(now_ms(), Ordering::Release);
+    }
+
+    pub(crate) fn end(&self) {
+        self.since.store(0, Ordering::Release);
+    }
+
+    /// The call that it is about, and for how many milliseconds.
+    fn busy(&self, now: u64) -> Option<(CallId, u64)> {
+        let since = self.since.load(Ordering::Acquire);
+        (since != 0).then(|| (CallId(self.call.load(Ordering::Relaxed)), now.saturating_sub(since)))
+    }
+}
+
+/// Looks after all sessions, for ever.
+pub(crate) fn run(shared: &Shared) {
+    loop {
+        std::thread::sleep(TICK);
+        let now = now_ms();
+        // A worker may have been on its way into RECV when it was last interrupted.
+        lock(&shared.ending).retain(|served| {
+            let watches = lock(&served.watches);
+            watches.iter().for_each(|watch| drop(signal::interrupt(watch.tid)));
+            !watches.is_empty()
+        });
+        for session in shared.sessions() {
+            session.expire(now);
+            let served: Vec<Arc<Served>> = lock(&session.served).values().cloned().collect();
+            for served in served {
+                look_at(&session, &served, now);
+            }
+        }
+    }
+}
+
+fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) {
+    let deadline = session.granted.as_ref().map_or(u64::MAX, |granted| granted.policy.limits.deadline_ms);
+    let post = Post { session, served };
+    let watches: Vec<Arc<Watch>> = lock(&served.watches).iter().filter(|watch| !watch.reserve).cloned().collect();
+    let mut all_late = !watches.is_empty();
+    for watch in &watches {
+        let Some((call, lasted)) = watch.busy(now) else {
+            all_late = false;
+            if served.has_ended() || served.idle.load(Ordering::Relaxed) > 2 {
+                // It finds out by itself whether it has to leave.
+                let _ = signal::interrupt(watch.tid);
+            }
+            continue;
+        };
+        all_late &= lasted >= deadline;
+        if lasted >= deadline {
+            if post.send(call, Answer::Error(Errno::IO)) {
+                session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+                tracing::error!(session = session.id, lasted, "a call took longer than its deadline; EIO");
+            }
+            let _ = signal::interrupt(watch.tid);
+        } else if lasted >= PATIENCE_MS && !served.listener.still_waits(call) {
+            let _ = signal::interrupt(watch.tid);
+        }
+    }
+    served.overwhelmed.store(all_late, Ordering::Release);
+    if all_late {
+        worker::start_reserve(session, served);
+    }
+}

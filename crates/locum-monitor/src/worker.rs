@@ -1,0 +1,257 @@
+//! The threads that serve a listener. Each receives into a slot of its own, carries the call out and answers it. There is
+//! always one more than is busy, up to the session's limit, so that a slow call delays no other.
+
+use std::cell::RefCell;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use locum_journal::{Left, Slot};
+use locum_kernel::credentials::Worker as Thread;
+use locum_kernel::notify::{Answer, Notification};
+use locum_kernel::{Errno, crash};
+
+use crate::answer::Post;
+use crate::caller::Caller;
+use crate::calls::handles::{self, Bench, Grant, Identity};
+use crate::calls::Outcome;
+use crate::recovery;
+use crate::session::{Served, Session, Undelivered, hung_up, lock, now_ms};
+use crate::watch::Watch;
+
+/// After so many milliseconds without a new worker, those that are too many leave.
+const CALM_MS: u64 = 1000;
+/// Enough for the deepest handler, with room for a panic's message.
+const STACK: usize = 256 * 1024;
+
+/// One worker.
+struct Worker {
+    session: Arc<Session>,
+    served: Arc<Served>,
+    watch: Arc<Watch>,
+    thread: Thread,
+    /// Beyond the limit: fails calls at once for as long as all others are late.
+    reserve: bool,
+}
+
+/// Starts a worker that stands by while all others are late, so that their lateness is not everybody's.
+pub(crate) fn start_reserve(session: &Arc<Session>, served: &Arc<Served>) {
+    if !served.has_reserve.swap(true, Ordering::AcqRel) {
+        tracing::error!(session = session.id, "all workers are late; further calls get EIO until one is back");
+        start_one(session, served, None, true);
+    }
+}
+
+/// Starts a worker; with a slot that a dead monitor left, it settles that first.
+pub(crate) fn start(session: &Arc<Session>, served: &Arc<Served>, left: Option<Slot>) {
+    start_one(session, served, left, false);
+}
+
+fn start_one(session: &Arc<Session>, served: &Arc<Served>, left: Option<Slot>, reserve: bool) {
+    let Some(slot) = left.or_else(|| session.take_slot()) else {
+        tracing::error!(session = session.id, "no slot is free in the journal; calls wait until one is");
+        return;
+    };
+    session.workers.fetch_add(1, Ordering::Relaxed);
+    served.grown.store(now_ms(), Ordering::Relaxed);
+    let (own_session, own_served) = (Arc::clone(session), Arc::clone(served));
+    let started = std::thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(move || {
+        run(&own_session, &own_served, slot, reserve);
+        own_session.workers.fetch_sub(1, Ordering::Relaxed);
+    });
+    if let Err(error) = started {
+        session.workers.fetch_sub(1, Ordering::Relaxed);
+        tracing::warn!(session = session.id, "cannot start a worker: {error}");
+    }
+}
+
+fn run(session: &Arc<Session>, served: &Arc<Served>, slot: Slot, reserve: bool) {
+    let thread = match Thread::start() {
+        Ok(thread) => thread,
+        Err(error) => return tracing::error!(session = session.id, "a worker cannot have a root of its own: {error}"),
+    };
+    let watch = Arc::new(Watch::of_this_thread(reserve));
+    lock(&served.watches).push(Arc::clone(&watch));
+    let mut worker = Worker { session: Arc::clone(session), served: Arc::clone(served), watch, thread, reserve };
+    let sound = std::panic::catch_unwind(AssertUnwindSafe(|| worker.work(slot)));
+    lock(&served.watches).retain(|watch| !Arc::ptr_eq(watch, &worker.watch));
+    if reserve {
+        served.has_reserve.store(false, Ordering::Release);
+    }
+    if !matches!(sound, Ok(Leave::ForGood)) && !reserve && !served.has_ended() {
+        // What rights and root this thread was left with is not known.
+        start(session, served, None);
+    }
+}
+
+/// Why a worker leaves.
+#[derive(PartialEq, Eq)]
+enum Leave {
+    /// It is not needed any more.
+    ForGood,
+    /// A handler panicked; another is to take its place.
+    Unsound,
+}
+
+impl Worker {
+    fn work(&mut self, mut slot: Slot) -> Leave {
+        if let Some(left) = slot.left() {
+            match self.settle_left(slot, &left) {
+                Ok(next) => slot = next,
+                Err(leave) => return leave,
+            }
+        }
+        loop {
+            let buffer = slot.begin(self.served.id());
+            self.served.idle.fetch_add(1, Ordering::AcqRel);
+            let received = self.served.listener.receive(buffer);
+            let others = self.served.idle.fetch_sub(1, Ordering::AcqRel) - 1;
+            match received {
+                Ok(()) => {}
+                Err(error) => {
+                    slot.settle();
+                    if self.has_to_leave(error, others) {
+                        return Leave::ForGood;
+                    }
+                    continue;
+                }
+            }
+            let Some(call) = slot.call() else { continue };
+            if self.reserve && self.served.overwhelmed.load(Ordering::Acquire) {
+                self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+                Post { session: &self.session, served: &self.served }.send(call.id, Answer::Error(Errno::IO));
+                continue;
+            }
+            let limit = self.session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
+            if others == 0 && self.session.workers.load(Ordering::Relaxed) < limit {
+                start(&self.session, &self.served, None);
+            }
+            match self.serve(slot, &call) {
+                Ok(next) => slot = next,
+                Err(leave) => return leave,
+            }
+            if others > 1 && self.is_calm() {
+                slot.settle();
+                return Leave::ForGood;
+            }
+        }
+    }
+
+    /// Whether RECV's `error` is a reason to leave, with `others` waiting beside this worker.
+    fn has_to_leave(&self, error: Errno, others: usize) -> bool {
+        if self.served.has_ended() {
+            return true;
+        }
+        match error {
+            Errno::INTR => others > 1 && self.is_calm(),
+            // A caller that went away, or (6.11) the last of them.
+            Errno::NOENT => hung_up(&self.served.listener),
+            error => {
+                tracing::error!(session = self.session.id, "cannot receive calls: {error}");
+                true
+            }
+        }
+    }
+
+    fn is_calm(&self) -> bool {
+        now_ms().saturating_sub(self.served.grown.load(Ordering::Relaxed)) > CALM_MS
+    }
+
+    /// Carries out the call in `slot` and answers it. Returns the slot to go on with.
+    fn serve(&mut self, slot: Slot, call: &Notification) -> Result<Slot, Leave> {
+        self.watch.begin(call.id);
+        let done = match self.session.callers.meet(call.tid) {
+            Ok(caller) => self.serve_caller(slot, call, &caller),
+            Err(error) => {
+                self.fail_unmet(call, error);
+                slot.settle();
+                Ok(slot)
+            }
+        };
+        self.watch.end();
+        done
+    }
+
+    fn serve_caller(&mut self, slot: Slot, call: &Notification, caller: &Arc<Caller>) -> Result<Slot, Leave> {
+        slot.performing(caller.started);
+        let kept = RefCell::new(None);
+        let done = crash::marked(slot.crash_mark(), || {
+            std::panic::catch_unwind(AssertUnwindSafe(|| self.carry_out(call, caller, &kept)))
+        });
+        let sound = done.is_ok();
+        let outcome = done.unwrap_or_else(|_| {
+            self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+            tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "a handler panicked; EIO");
+            Outcome::Fail(Errno::IO)
+        });
+        let post = Post { session: &self.session, served: &self.served };
+        let slot = post.deliver(slot, call, caller, outcome, kept.into_inner());
+        match slot {
+            Some(slot) if sound => Ok(slot),
+            Some(_) => Err(Leave::Unsound),
+            // The slot stays behind with a result; without another, this worker cannot go on.
+            None => self.session.take_slot().ok_or(Leave::Unsound),
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        call: &Notification,
+        caller: &Arc<Caller>,
+        taken: &RefCell<Option<Undelivered>>,
+    ) -> Outcome {
+        let session = &self.session;
+        let Some(granted) = &session.granted else { return Outcome::Decline };
+        let exports = granted.exports(session, caller);
+        let kept = |identity: Identity| {
+            let fits = |file: &_| Identity::of(file) == Ok(identity);
+            let result = session.kept_for(call, caller, fits)?;
+            let file = result.file.try_clone().ok();
+            *taken.borrow_mut() = Some(result);
+            file
+        };
+        let mut bench = Bench {
+            worker: &mut self.thread,
+            own_descriptors: &session.shared.own_descriptors,
+            own_root: &session.shared.own_root,
+            kept: &kept,
+        };
+        handles::carry_out(call, caller, &Grant { calls: &granted.policy.calls, exports }, &mut bench)
+    }
+
+    /// A caller that cannot be looked at: gone, or somewhere that this monitor does not see.
+    fn fail_unmet(&self, call: &Notification, error: Errno) {
+        if self.served.listener.still_waits(call.id) {
+            tracing::warn!(session = self.session.id, tid = call.tid, "cannot look at the caller: {error}; EIO");
+            self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+            let post = Post { session: &self.session, served: &self.served };
+            post.send(call.id, Answer::Error(Errno::IO));
+        }
+    }
+
+    /// Settles what a dead monitor left in `slot`, a call that still waits.
+    fn settle_left(&mut self, slot: Slot, left: &Left) -> Result<Slot, Leave> {
+        self.session.counters.recovered().fetch_add(1, Ordering::Relaxed);
+        let call = left.call;
+        let post = Post { session: &self.session, served: &self.served };
+        match recovery::decide(left, post.parked(&slot, call.id)) {
+            recovery::Repair::Serve => self.serve(slot, &call),
+            recovery::Repair::HandOver(file) => {
+                self.watch.begin(call.id);
+                let slot = match self.session.callers.meet(call.tid) {
+                    Ok(caller) => post.hand_over_again(slot, left, &caller, file),
+                    Err(_) => Some(slot),
+                };
+                self.watch.end();
+                slot.or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)
+            }
+            recovery::Repair::Fail(error, why) => {
+                tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "{why}; {error}");
+                self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+                post.send(call.id, Answer::Error(error));
+                slot.settle();
+                Ok(slot)
+            }
+        }
+    }
+}
