@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,12 @@ enum Command {
     Status(commands::status::Args),
     Check(commands::check::Args),
     Bench(commands::bench::Args),
+    #[command(hide = true)]
+    Confined(commands::confined::Args),
+    #[command(hide = true)]
+    Sweep(commands::sweep::Args),
+    #[command(hide = true)]
+    Traffic(traffic::Args),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +49,9 @@ fn main() -> ExitCode {
         Command::Status(args) => commands::status::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(args) => commands::bench::run(args),
+        Command::Confined(args) => commands::confined::run(args),
+        Command::Sweep(args) => commands::sweep::run(args),
+        Command::Traffic(args) => traffic::run(args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("locum: {error:#}");

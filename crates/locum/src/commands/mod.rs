@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod check;
+pub(crate) mod confined;
 pub(crate) mod demo;
 pub(crate) mod keeper;
 pub(crate) mod monitor;
@@ -9,3 +10,4 @@ pub(crate) mod profile;
 pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod status;
+pub(crate) mod sweep;
