@@ -50,6 +50,7 @@ pub fn read(tid: u32, address: u64, into: &mut [u8]) -> Result<usize, Errno> {
 }
 
 /// [`read`] from two places; one system call if all of both is mapped.
+#[expect(clippy::needless_pass_by_value, reason = "the slices are written to")]
 pub fn read_both(tid: u32, one: (u64, &mut [u8]), other: (u64, &mut [u8])) -> Result<(usize, usize), Errno> {
     let local = [&mut *one.1, &mut *other.1]
         .map(|into| libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() });
@@ -165,8 +166,21 @@ impl AddressSpace {
         self.write(address, bytes)
     }
 
+    /// Whether the kernel has PROCMAP_QUERY (6.11); without it, a write reads all of /proc/TID/maps.
+    pub fn knows_query(&self) -> bool {
+        self.query(0) != Err(Errno::NOTTY)
+    }
+
     /// How many bytes from `address` on lie in one mapping that may be written; 0 if it may not.
     fn writable_from(&self, address: u64) -> Result<u64, Errno> {
+        match self.query(address) {
+            Err(Errno::NOENT) => Ok(0),
+            Err(Errno::NOTTY) => self.writable_from_text(address),
+            answer => answer,
+        }
+    }
+
+    fn query(&self, address: u64) -> Result<u64, Errno> {
         let mut query = ProcmapQuery {
             size: size_of::<ProcmapQuery>() as u64,
             query_flags: VMA_WRITABLE,
@@ -176,14 +190,8 @@ impl AddressSpace {
         // SAFETY: PROCMAP_QUERY reads and writes `size` bytes at this address, all within `query`, and writes to the two
         // buffers in it only if their sizes are not 0.
         let done = unsafe { libc::ioctl(self.maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) };
-        if done == 0 {
-            return Ok(query.vma_end.saturating_sub(address));
-        }
-        match Errno::from_io_error(&io::Error::last_os_error()) {
-            Some(Errno::NOENT) => Ok(0),
-            Some(Errno::NOTTY) => self.writable_from_text(address),
-            error => Err(error.unwrap_or(Errno::IO)),
-        }
+        crate::notify::check(done)?;
+        Ok(query.vma_end.saturating_sub(address))
     }
 
     /// [`Self::writable_from`] for kernels without PROCMAP_QUERY (before 6.11).

@@ -1,0 +1,233 @@
+//! The monitor is killed every 1 to 20 ms while eight threads make checked calls: nothing is wrong, lost or leaked.
+//!
+//! LOCUM_CHAOS_SECONDS sets how long each variant takes; LOCUM_CHAOS_SEED repeats the choices of a run that failed.
+
+mod common;
+
+use std::fmt::Write as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::{Ground, Process, Traffic, until};
+use serde_json::Value;
+
+/// One variant at a time: they would take the processors from each other.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn seconds(default: u64) -> u64 {
+    std::env::var("LOCUM_CHAOS_SECONDS").map_or(default, |text| text.parse().unwrap())
+}
+
+/// xorshift64*: only variety is wanted, and the same again for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let seed = std::env::var("LOCUM_CHAOS_SEED").map_or_else(
+            |_| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1,
+            |text| text.parse().unwrap(),
+        );
+        println!("LOCUM_CHAOS_SEED={seed}");
+        Self(seed)
+    }
+
+    fn micros(&mut self, from: u64, to: u64) -> Duration {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let random = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
+        Duration::from_micros(from + random % (to - from))
+    }
+}
+
+/// Fails, with all there is to see, if no call returns for five seconds, or one of them does not.
+struct Watchdog {
+    calls: u64,
+    moved: Instant,
+}
+
+impl Watchdog {
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    fn new() -> Self {
+        Self { calls: 0, moved: Instant::now() }
+    }
+
+    fn look(&mut self, ground: &Ground, traffic: &Traffic) {
+        let calls = traffic.number("calls");
+        if calls != self.calls {
+            (self.calls, self.moved) = (calls, Instant::now());
+        }
+        let waits = Duration::from_micros(traffic.number("waiting_us"));
+        if self.moved.elapsed() > Self::PATIENCE || waits > Self::PATIENCE {
+            panic!("hanging: {}\n{}", traffic.report(), autopsy(ground, traffic));
+        }
+    }
+}
+
+/// Where every thread of the workload is, what the journals hold, what the monitors said last.
+fn autopsy(ground: &Ground, traffic: &Traffic) -> String {
+    let mut text = String::new();
+    for pid in common::children(traffic.run.pid()) {
+        let tasks = format!("/proc/{pid}/task");
+        for tid in std::fs::read_dir(&tasks).map(|_| common::list(tasks.as_ref())).unwrap_or_default() {
+            let read = |name| std::fs::read_to_string(format!("{tasks}/{tid}/{name}")).unwrap_or_default();
+            let _ = writeln!(text, "thread {tid} of {pid}: {} {}", read("syscall").trim(), read("wchan"));
+        }
+    }
+    let sessions = ground.runtime.path().join("sessions");
+    for session in std::fs::read_dir(&sessions).map(|_| common::list(&sessions)).unwrap_or_default() {
+        let bytes = std::fs::read(sessions.join(&session).join("journal")).unwrap_or_default();
+        let words: Vec<u64> =
+            bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
+        let _ = writeln!(text, "journal of {session}: {:?}", words.get(2..8));
+        for (index, slot) in words.get(512..).unwrap_or_default().chunks_exact(64).enumerate() {
+            if slot.iter().any(|word| *word != 0) {
+                let _ = writeln!(
+                    text,
+                    "slot {index}: call {:x?}; listener, stage ... {:x?}",
+                    &slot[..4],
+                    &slot[32..40]
+                );
+            }
+        }
+    }
+    let _ = writeln!(text, "{}", ground.log_tail());
+    text
+}
+
+fn must_be_clean(ground: &Ground, report: &Value) {
+    for what in ["wrong", "failed", "leaked"] {
+        assert_eq!(report[what], 0, "{what}: {report}\n{}", ground.log_tail());
+    }
+}
+
+/// Keeper and monitor when nothing happens: how many descriptors each has.
+fn quiet(ground: &Ground, keeper: &Process) -> (usize, usize) {
+    let monitor = ground.monitor();
+    until("a monitor that serves nobody", || {
+        let status = ground.status();
+        status["monitor"]["pid"] == monitor.pid() && status["sessions"].as_array().is_some_and(Vec::is_empty)
+    });
+    (keeper.descriptors(), monitor.descriptors())
+}
+
+/// The whole of one variant: quiet, chaos, quiet.
+fn chaos(default_seconds: u64, run: &[&str], traffic: &[&str]) {
+    let _alone = alone();
+    let mut random = Random::new();
+    let ground = Ground::new();
+    let keeper = ground.keeper();
+    let before = quiet(&ground, &keeper);
+    let seconds = seconds(default_seconds).to_string();
+    let traffic = ground.traffic(run, &[&["--threads", "8", "--seconds", &seconds], traffic].concat());
+    let mut watchdog = Watchdog::new();
+    let mut kills = 0;
+    while !traffic.has_ended() {
+        let mut monitor = ground.monitor();
+        std::thread::sleep(random.micros(1000, 20_000));
+        monitor.kill();
+        kills += 1;
+        watchdog.look(&ground, &traffic);
+    }
+    let report = traffic.finish();
+    println!("{kills} kills, {report}");
+    must_be_clean(&ground, &report);
+    assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
+    assert!(report["calls"].as_u64().unwrap() > 1000, "{report}");
+}
+
+#[test]
+fn killed_with_wait_killable_recv() {
+    chaos(60, &[], &[]);
+}
+
+#[test]
+fn killed_without_wait_killable_recv() {
+    chaos(20, &["--interruptible"], &[]);
+}
+
+#[test]
+fn killed_with_signals_to_the_workload() {
+    chaos(20, &[], &["--signals", "1000"]);
+}
+
+#[test]
+fn killed_without_wait_killable_recv_with_signals_to_the_workload() {
+    chaos(20, &["--interruptible"], &["--signals", "1000"]);
+}
+
+/// Promise 7: the monitor serves on and fills the next keeper.
+#[test]
+fn the_keeper_is_killed_and_replaced() {
+    let _alone = alone();
+    let mut random = Random::new();
+    let ground = Ground::new();
+    let mut keeper = ground.keeper();
+    let before = quiet(&ground, &keeper);
+    let mut monitor = ground.monitor();
+    let seconds = seconds(20).to_string();
+    let traffic = ground.traffic(&[], &["--threads", "8", "--seconds", &seconds]);
+    let mut watchdog = Watchdog::new();
+    let mut kills = 0;
+    while !traffic.has_ended() {
+        // Now and then the monitor too: the new keeper must really hold what it was filled with.
+        if kills % 5 == 4 {
+            until("a filled keeper", || {
+                traffic.has_ended() || !ground.status()["sessions"].as_array().unwrap().is_empty()
+            });
+            monitor.kill();
+            monitor = ground.monitor();
+        }
+        std::thread::sleep(random.micros(20_000, 300_000));
+        keeper.kill();
+        keeper = ground.keeper();
+        kills += 1;
+        watchdog.look(&ground, &traffic);
+    }
+    let report = traffic.finish();
+    println!("{kills} keepers killed, {report}");
+    must_be_clean(&ground, &report);
+    drop(monitor);
+    assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
+}
+
+/// Promise 1: the front door is open while no monitor runs.
+#[test]
+fn workloads_start_while_no_monitor_runs() {
+    let _alone = alone();
+    let mut random = Random::new();
+    let ground = Ground::new();
+    let keeper = ground.keeper();
+    let before = quiet(&ground, &keeper);
+    let start = Instant::now();
+    let mut served = 0;
+    while start.elapsed().as_secs() < seconds(20) {
+        let all: Vec<_> =
+            (0..4).map(|_| ground.traffic(&[], &["--threads", "2", "--calls", "300"])).collect();
+        until("four waiting workloads", || {
+            all.iter().all(|traffic| traffic.number("waiting_us") > 0 && traffic.number("calls") == 0)
+        });
+        let mut watchdogs: Vec<_> = all.iter().map(|_| Watchdog::new()).collect();
+        while !all.iter().all(Traffic::has_ended) {
+            let mut monitor = ground.monitor();
+            std::thread::sleep(random.micros(1000, 20_000));
+            monitor.kill();
+            for (traffic, watchdog) in
+                all.iter().zip(&mut watchdogs).filter(|(traffic, _)| !traffic.has_ended())
+            {
+                watchdog.look(&ground, traffic);
+            }
+        }
+        for traffic in all {
+            let report = traffic.finish();
+            must_be_clean(&ground, &report);
+            served += report["calls"].as_u64().unwrap();
+        }
+    }
+    println!("{served} calls");
+    assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
+}

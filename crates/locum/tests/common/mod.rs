@@ -1,0 +1,185 @@
+//! What the tests of `run`, `demo` and chaos share: a keeper, monitors and workloads of their own, as real processes.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Who workloads run as.
+pub const USER: u32 = 65534;
+
+pub fn locum(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_locum"));
+    command.args(args).env_remove("LOCUM_RUNTIME_DIR").stdin(Stdio::null());
+    command
+}
+
+/// Waits until `done`, and fails if that takes longer than ten seconds.
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(10), "waited in vain for: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A process that ends with its owner.
+pub struct Process(pub Child);
+
+impl Process {
+    pub fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A runtime directory, files to work with, and a log of what keeper and monitors said.
+pub struct Ground {
+    pub runtime: TempDir,
+    pub files: TempDir,
+    pub log: PathBuf,
+}
+
+impl Ground {
+    pub fn new() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "this test needs root: run it with cargo xtask test");
+        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+        Self { log: runtime.path().join("log"), runtime, files: files() }
+    }
+
+    pub fn path(&self) -> &str {
+        self.runtime.path().to_str().unwrap()
+    }
+
+    fn start(&self, args: &[&str]) -> Process {
+        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        Process(locum(args).args(["--runtime-dir", self.path()]).stderr(log).spawn().unwrap())
+    }
+
+    pub fn keeper(&self) -> Process {
+        let keeper = self.start(&["keeper"]);
+        until("the keeper's front door", || {
+            UnixStream::connect(self.runtime.path().join("oci.sock")).is_ok()
+        });
+        keeper
+    }
+
+    pub fn monitor(&self) -> Process {
+        let keys = self.runtime.path().join("keys");
+        self.start(&["monitor", "--keys", keys.to_str().unwrap()])
+    }
+
+    /// `locum run` here, with the traffic as its command.
+    pub fn traffic(&self, run: &[&str], traffic: &[&str]) -> Traffic {
+        let files = self.files.path().to_str().unwrap();
+        let user = USER.to_string();
+        let mut command = locum(&["run", "--runtime-dir", self.path(), "--export", files, "--user", &user]);
+        // Reachable as this whoever the user is: it is what the confined process runs before.
+        command.args(run).args(["--", "/proc/self/exe", "traffic", "--json", "--dir", files]).args(traffic);
+        Traffic::start(command)
+    }
+
+    pub fn status(&self) -> Value {
+        let out = locum(&["status", "--json", "--runtime-dir", self.path()]).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    pub fn log_tail(&self) -> String {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+}
+
+/// A folder on a file system with handles, owned by the user of the workloads.
+pub fn files() -> TempDir {
+    let files = tempfile::tempdir_in("/var/tmp").unwrap();
+    std::os::unix::fs::chown(files.path(), Some(USER), Some(USER)).unwrap();
+    files
+}
+
+/// Checked traffic under `locum run`.
+pub struct Traffic {
+    pub run: Process,
+    heard: Arc<Mutex<Value>>,
+    listener: std::thread::JoinHandle<()>,
+}
+
+impl Traffic {
+    fn start(mut command: Command) -> Self {
+        let mut run = command.stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(run.stdout.take().unwrap()).lines();
+        let heard = Arc::new(Mutex::new(serde_json::json!({"calls": 0, "waiting_us": 0, "done": false})));
+        let told = Arc::clone(&heard);
+        let listener = std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                *told.lock().unwrap() = serde_json::from_str(&line).unwrap();
+            }
+        });
+        Self { run: Process(run), heard, listener }
+    }
+
+    /// What it told last.
+    pub fn report(&self) -> Value {
+        self.heard.lock().unwrap().clone()
+    }
+
+    pub fn number(&self, name: &str) -> u64 {
+        self.report()[name].as_u64().unwrap()
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.listener.is_finished()
+    }
+
+    /// Its last word, after a good end.
+    pub fn finish(mut self) -> Value {
+        let status = self.run.0.wait().unwrap();
+        self.listener.join().unwrap();
+        let report = self.heard.lock().unwrap().clone();
+        assert!(status.success() && report["done"] == true, "{status}: {report}");
+        report
+    }
+}
+
+/// The only child of `pid`, directly.
+pub fn children(pid: u32) -> Vec<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+pub fn is_alive(pid: u32) -> bool {
+    // A zombie is not.
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit_once(')').unwrap().1.starts_with(" Z"))
+}
+
+/// What `path` holds, below.
+pub fn list(path: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(path).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
