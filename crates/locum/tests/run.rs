@@ -45,6 +45,7 @@ fn exits_as_the_command_does() {
     let not_found = run(&[], &["/nowhere/at/all"]).output().unwrap();
     assert_eq!(not_found.status.code(), Some(127));
     assert!(text(&not_found.stderr).contains("cannot run /nowhere/at/all"), "{}", text(&not_found.stderr));
+    assert_eq!(run(&[], &["no-such-command"]).output().unwrap().status.code(), Some(127));
     assert_eq!(run(&[], &["/etc/passwd"]).output().unwrap().status.code(), Some(126));
 }
 

@@ -1,9 +1,10 @@
 //! `locum confined`: what `locum run` starts, and what becomes CMD.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -67,8 +68,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (program, rest) = args.cmd.split_first().context("no command was given")?;
     let error = Command::new(program).args(rest).exec();
     eprintln!("locum: cannot run {}: {error}", program.display());
-    // As shells have it: 127 not found, 126 found but not to be executed.
-    Ok(ExitCode::from(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 }))
+    // As shells have it: 127 not found, 126 found but not to be executed. A folder in PATH that this user may not look
+    // into gives EACCES too.
+    let by_path = !program.as_bytes().contains(&b'/');
+    let is_missing = error.kind() == io::ErrorKind::NotFound || (by_path && !is_in_path(program));
+    Ok(ExitCode::from(if is_missing { 127 } else { 126 }))
+}
+
+fn is_in_path(program: &OsStr) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 fn connect(door: &PathBuf) -> Result<OwnedFd, Errno> {
