@@ -27,7 +27,7 @@ struct Random(u64);
 impl Random {
     fn new() -> Self {
         let seed = std::env::var("LOCUM_CHAOS_SEED").map_or_else(
-            |_| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1,
+            |_| u64::from(std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos()) | 1,
             |text| text.parse().unwrap(),
         );
         println!("LOCUM_CHAOS_SEED={seed}");
@@ -62,9 +62,8 @@ impl Watchdog {
             (self.calls, self.moved) = (calls, Instant::now());
         }
         let waits = Duration::from_micros(traffic.number("waiting_us"));
-        if self.moved.elapsed() > Self::PATIENCE || waits > Self::PATIENCE {
-            panic!("hanging: {}\n{}", traffic.report(), autopsy(ground, traffic));
-        }
+        let hangs = self.moved.elapsed() > Self::PATIENCE || waits > Self::PATIENCE;
+        assert!(!hangs, "hanging: {}\n{}", traffic.report(), autopsy(ground, traffic));
     }
 }
 

@@ -60,7 +60,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     findings.extend(["crun", "runc", "podman"].map(runtime));
     let works = findings.iter().all(|finding| finding.result != Outcome::No);
     if args.json {
-        println!("{}", serde_json::json!({"works": works, "findings": findings}));
+        println!("{}", serde_json::to_string(&serde_json::json!({"works": works, "findings": findings}))?);
     } else {
         for Finding { what, result, note } in &findings {
             let word = match result {
@@ -242,6 +242,9 @@ fn policy(name: &str) -> Finding {
     needed("policy", choose_policy(name).map(|policy| format!("{} can be used", policy.name)))
 }
 
+/// A program that can set the flag holds its name, since profiles give it by name.
+const FLAG: &[u8] = b"SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
+
 /// Whether a runtime is there, and whether it can set `WAIT_KILLABLE_RECV`.
 fn runtime(name: &'static str) -> Finding {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -253,8 +256,6 @@ fn runtime(name: &'static str) -> Finding {
     if name == "podman" {
         return Finding { note: "starts containers with one of the above".to_owned(), ..found };
     }
-    // A program that knows the flag holds its name, since profiles give it by name.
-    const FLAG: &[u8] = b"SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
     let knows =
         std::fs::read(&program).is_ok_and(|bytes| bytes.windows(FLAG.len()).any(|window| window == FLAG));
     if knows {

@@ -187,6 +187,5 @@ impl<'a> Lane<'a> {
 }
 
 fn show(named: &Named) -> String {
-    let bytes: String = named.handle.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{:#x}:{bytes} on mount {}", named.handle.kind, named.mount_id)
+    format!("{:#x}:{:02x?} on mount {}", named.handle.kind, named.handle.bytes(), named.mount_id)
 }

@@ -13,16 +13,16 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Who workloads run as.
-pub const USER: u32 = 65534;
+pub(crate) const USER: u32 = 65534;
 
-pub fn locum(args: &[&str]) -> Command {
+pub(crate) fn locum(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_locum"));
     command.args(args).env_remove("LOCUM_RUNTIME_DIR").stdin(Stdio::null());
     command
 }
 
 /// Waits until `done`, and fails if that takes longer than ten seconds.
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(10), "waited in vain for: {what}");
@@ -31,19 +31,19 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// A process that ends with its owner.
-pub struct Process(pub Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 
-    pub fn descriptors(&self) -> usize {
+    pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 }
@@ -56,20 +56,20 @@ impl Drop for Process {
 }
 
 /// A runtime directory, files to work with, and a log of what keeper and monitors said.
-pub struct Ground {
-    pub runtime: TempDir,
-    pub files: TempDir,
-    pub log: PathBuf,
+pub(crate) struct Ground {
+    pub(crate) runtime: TempDir,
+    pub(crate) files: TempDir,
+    pub(crate) log: PathBuf,
 }
 
 impl Ground {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         assert!(rustix::process::geteuid().is_root(), "this test needs root: run it with cargo xtask test");
         let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
         Self { log: runtime.path().join("log"), runtime, files: files() }
     }
 
-    pub fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         self.runtime.path().to_str().unwrap()
     }
 
@@ -78,7 +78,7 @@ impl Ground {
         Process(locum(args).args(["--runtime-dir", self.path()]).stderr(log).spawn().unwrap())
     }
 
-    pub fn keeper(&self) -> Process {
+    pub(crate) fn keeper(&self) -> Process {
         let keeper = self.start(&["keeper"]);
         until("the keeper's front door", || {
             UnixStream::connect(self.runtime.path().join("oci.sock")).is_ok()
@@ -86,13 +86,13 @@ impl Ground {
         keeper
     }
 
-    pub fn monitor(&self) -> Process {
+    pub(crate) fn monitor(&self) -> Process {
         let keys = self.runtime.path().join("keys");
         self.start(&["monitor", "--keys", keys.to_str().unwrap()])
     }
 
     /// `locum run` here, with the traffic as its command.
-    pub fn traffic(&self, run: &[&str], traffic: &[&str]) -> Traffic {
+    pub(crate) fn traffic(&self, run: &[&str], traffic: &[&str]) -> Traffic {
         let files = self.files.path().to_str().unwrap();
         let user = USER.to_string();
         let mut command = locum(&["run", "--runtime-dir", self.path(), "--export", files, "--user", &user]);
@@ -101,13 +101,13 @@ impl Ground {
         Traffic::start(command)
     }
 
-    pub fn status(&self) -> Value {
+    pub(crate) fn status(&self) -> Value {
         let out = locum(&["status", "--json", "--runtime-dir", self.path()]).output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         serde_json::from_slice(&out.stdout).unwrap()
     }
 
-    pub fn log_tail(&self) -> String {
+    pub(crate) fn log_tail(&self) -> String {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log).into_owned();
         let lines: Vec<&str> = log.lines().collect();
@@ -116,15 +116,15 @@ impl Ground {
 }
 
 /// A folder on a file system with handles, owned by the user of the workloads.
-pub fn files() -> TempDir {
+pub(crate) fn files() -> TempDir {
     let files = tempfile::tempdir_in("/var/tmp").unwrap();
     std::os::unix::fs::chown(files.path(), Some(USER), Some(USER)).unwrap();
     files
 }
 
 /// Checked traffic under `locum run`.
-pub struct Traffic {
-    pub run: Process,
+pub(crate) struct Traffic {
+    pub(crate) run: Process,
     heard: Arc<Mutex<Value>>,
     listener: std::thread::JoinHandle<()>,
 }
@@ -144,20 +144,20 @@ impl Traffic {
     }
 
     /// What it told last.
-    pub fn report(&self) -> Value {
+    pub(crate) fn report(&self) -> Value {
         self.heard.lock().unwrap().clone()
     }
 
-    pub fn number(&self, name: &str) -> u64 {
+    pub(crate) fn number(&self, name: &str) -> u64 {
         self.report()[name].as_u64().unwrap()
     }
 
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.listener.is_finished()
     }
 
     /// Its last word, after a good end.
-    pub fn finish(mut self) -> Value {
+    pub(crate) fn finish(mut self) -> Value {
         let status = self.run.0.wait().unwrap();
         self.listener.join().unwrap();
         let report = self.heard.lock().unwrap().clone();
@@ -167,19 +167,19 @@ impl Traffic {
 }
 
 /// The only child of `pid`, directly.
-pub fn children(pid: u32) -> Vec<u32> {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
 }
 
-pub fn is_alive(pid: u32) -> bool {
+pub(crate) fn is_alive(pid: u32) -> bool {
     // A zombie is not.
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit_once(')').unwrap().1.starts_with(" Z"))
 }
 
 /// What `path` holds, below.
-pub fn list(path: &Path) -> Vec<String> {
+pub(crate) fn list(path: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(path).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
