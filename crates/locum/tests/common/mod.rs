@@ -166,10 +166,13 @@ impl Traffic {
     }
 }
 
-/// The only child of `pid`, directly.
+/// The children of `pid`, whichever of its threads started them.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    let tasks = PathBuf::from(format!("/proc/{pid}/task"));
+    let threads = if tasks.exists() { list(&tasks) } else { Vec::new() };
+    let of_thread = |tid| std::fs::read_to_string(tasks.join(tid).join("children")).unwrap_or_default();
+    let text: Vec<_> = threads.iter().map(of_thread).collect();
+    text.iter().flat_map(|text| text.split_whitespace()).map(|pid| pid.parse().unwrap()).collect()
 }
 
 pub(crate) fn is_alive(pid: u32) -> bool {
