@@ -1,3 +1,37 @@
 //! How the tests set themselves up and run.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod setup;
+mod step;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "How locum's tests set themselves up and run")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what the tests need and is missing (as root, on Debian)
+    Setup,
+    /// Set up, then run every check and every test
+    Test {
+        /// Only this part
+        #[arg(long, value_enum)]
+        only: Option<test::Part>,
+    },
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Args::parse().command {
+        Command::Setup => setup::all().map(|()| ExitCode::SUCCESS),
+        Command::Test { only } => test::run(only),
+    }
+}

@@ -1,0 +1,130 @@
+//! The real components that the tests work with, from Debian's packages and crates.io: installed once, looked at every time.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::step::{command, log, quietly, real, run, step};
+
+const PACKAGES: [&str; 20] = [
+    "gcc",
+    "libc6-dev",
+    "crun",
+    "runc",
+    "podman",
+    "conmon",
+    "catatonit",
+    "slirp4netns",
+    "uidmap",
+    "fuse-overlayfs",
+    "qemu-system-x86",
+    "busybox-static",
+    "cpio",
+    "stress-ng",
+    "strace",
+    "e2fsprogs",
+    "xfsprogs",
+    "btrfs-progs",
+    "libcap-ng-dev",
+    "libseccomp-dev",
+];
+
+const VIRTIOFSD: &str = "1.14.0";
+
+/// The user under whom rootless containers run. It owns nothing outside a test's own folders.
+const USER: &str = "locum-test";
+
+/// Everything; quick when it is there.
+pub(crate) fn all() -> Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the tests start containers and mount file systems: run this as root"
+    );
+    ensure!(Path::new("/usr/bin/apt-get").exists(), "setting up needs Debian's apt-get");
+    fs::create_dir_all(real())?;
+    tools()?;
+    packages()?;
+    user()?;
+    virtiofsd()?;
+    kernel()
+}
+
+/// Rust's own tools, which a minimal toolchain lacks.
+fn tools() -> Result<()> {
+    for (tool, component) in [("clippy", "clippy"), ("fmt", "rustfmt")] {
+        if !works(command("cargo", &[tool, "--version"])) {
+            run(&format!("install {component}"), &mut command("rustup", &["component", "add", component]))?;
+        }
+    }
+    if !works(command("cargo", &["deny", "--version"])) {
+        run("install cargo-deny", &mut command("cargo", &["install", "cargo-deny", "--locked"]))?;
+    }
+    Ok(())
+}
+
+fn works(mut command: Command) -> bool {
+    command.output().is_ok_and(|output| output.status.success())
+}
+
+fn packages() -> Result<()> {
+    let missing: Vec<&str> = PACKAGES.into_iter().filter(|package| !is_there(package)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    run("apt-get update", &mut command("apt-get", &["update"]))?;
+    let mut install = command("apt-get", &["install", "-y", "--no-install-recommends"]);
+    run("apt-get install", install.args(missing).env("DEBIAN_FRONTEND", "noninteractive"))
+}
+
+fn is_there(package: &str) -> bool {
+    let query = command("dpkg-query", &["--show", "--showformat=${db:Status-Status}", package]).output();
+    query.is_ok_and(|query| query.stdout == b"installed")
+}
+
+/// Gets its ranges of subordinate ids by itself.
+fn user() -> Result<()> {
+    if works(command("id", &[USER])) {
+        return Ok(());
+    }
+    run("add user", &mut command("useradd", &["--no-create-home", "--home-dir", "/nonexistent", USER]))
+}
+
+fn virtiofsd() -> Result<()> {
+    let (root, build) = (real().join("virtiofsd"), real().join("build"));
+    if root.join("bin/virtiofsd").exists() {
+        return Ok(());
+    }
+    let mut install =
+        command("cargo", &["install", "virtiofsd", "--version", VIRTIOFSD, "--locked", "--root"]);
+    run("build virtiofsd", install.arg(&root).env("CARGO_TARGET_DIR", &build))?;
+    fs::remove_dir_all(&build).with_context(|| format!("remove {}", build.display()))
+}
+
+/// Debian's kernel for virtual machines, unpacked and not installed.
+fn kernel() -> Result<()> {
+    let kernel = real().join("kernel");
+    if kernel.exists() {
+        return Ok(());
+    }
+    step("fetch kernel", || {
+        let log = log("fetch kernel")?;
+        let depends = command("apt-cache", &["depends", "linux-image-cloud-amd64"]).output()?;
+        let depends = String::from_utf8(depends.stdout)?;
+        let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
+        let package =
+            package.context("linux-image-cloud-amd64 depends on no kernel: is apt's list up to date?")?;
+        let work = real().join("fetch");
+        fs::create_dir_all(&work)?;
+        let mut download = Command::new("apt-get");
+        // apt's own user cannot write here, which it would warn about.
+        download.args(["-o", "APT::Sandbox::User=root", "download", &format!("linux-image-{package}")]);
+        quietly(&log, download.current_dir(&work))?;
+        let Some(deb) = fs::read_dir(&work)?.next() else { bail!("apt-get download left nothing") };
+        let unpacked = work.join("unpacked");
+        quietly(&log, Command::new("dpkg-deb").arg("-x").arg(deb?.path()).arg(&unpacked))?;
+        fs::rename(&unpacked, &kernel)?;
+        fs::remove_dir_all(&work).context("clean up")
+    })
+}
