@@ -1,0 +1,11 @@
+//! Real components: virtiofsd from crates.io, unprivileged, in containers of crun, runc and rootless podman, and a Linux
+//! guest that works on what it serves, while the monitor is killed. `cargo xtask test` sets all of it up.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod components;
+mod container;
+mod guest;
+mod machine;
+mod service;
+mod tree;
