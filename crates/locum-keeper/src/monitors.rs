@@ -1,0 +1,200 @@
+//! The clients of the control socket: what they said and what they have yet to be told.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::rc::Rc;
+
+use locum_kernel::Errno;
+use locum_kernel::socket::{self, Peer};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags};
+
+use crate::frame::{self, Inbox, Progress};
+use crate::protocol::{FromKeeper, ListenerId};
+use crate::registry::Registry;
+
+pub(crate) type ClientId = u64;
+pub(crate) type MonitorId = u64;
+
+/// What a client is to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It has not said yet.
+    Unknown,
+    /// It asks and is answered.
+    Observer,
+    /// It asked, and wants to hear when there is a monitor.
+    Waiting,
+    Monitor(MonitorId),
+    /// It gets what is queued, and then is let go.
+    Leaving,
+}
+
+/// What a client is to be told. Leases are looked up when their turn comes, so that a queue holds no descriptor.
+#[derive(Debug)]
+enum Item {
+    Message(FromKeeper),
+    Lease(ListenerId),
+}
+
+#[derive(Debug)]
+struct Sending {
+    bytes: Vec<u8>,
+    descriptors: Vec<Rc<OwnedFd>>,
+    progress: Progress,
+}
+
+/// A connection to the control socket.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) socket: OwnedFd,
+    pub(crate) peer: Peer,
+    pub(crate) inbox: Inbox,
+    pub(crate) standing: Standing,
+    queue: VecDeque<Item>,
+    sending: Option<Sending>,
+}
+
+/// How far a queue got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    All,
+    /// The socket takes no more for now.
+    Part,
+    /// The kernel has too many descriptors of ours on the way; nothing tells when they have arrived.
+    TooMany,
+}
+
+impl Client {
+    pub(crate) fn new(socket: OwnedFd, peer: Peer) -> Self {
+        let (queue, standing) = (VecDeque::new(), Standing::Unknown);
+        Self { socket, peer, inbox: Inbox::default(), standing, queue, sending: None }
+    }
+
+    pub(crate) fn tell(&mut self, message: FromKeeper) {
+        self.queue.push_back(Item::Message(message));
+    }
+
+    pub(crate) fn lease(&mut self, listener: ListenerId) {
+        self.queue.push_back(Item::Lease(listener));
+    }
+
+    pub(crate) fn has_to_send(&self) -> bool {
+        self.sending.is_some() || !self.queue.is_empty()
+    }
+
+    /// Sends what the socket takes.
+    pub(crate) fn flush(&mut self, registry: &Registry) -> Result<Sent, Errno> {
+        loop {
+            if self.sending.is_none() {
+                let Some(item) = self.queue.pop_front() else { return Ok(Sent::All) };
+                // A listener that has ended meanwhile needs no lease.
+                let Some(sending) = Sending::new(item, registry) else { continue };
+                self.sending = Some(sending);
+            }
+            let Some(sending) = &mut self.sending else { return Ok(Sent::All) };
+            let descriptors: Vec<_> = sending.descriptors.iter().map(|fd| fd.as_fd()).collect();
+            match frame::send(&self.socket, &sending.bytes, &descriptors, &mut sending.progress) {
+                Ok(true) => self.sending = None,
+                Ok(false) => return Ok(Sent::Part),
+                Err(Errno::TOOMANYREFS) => return Ok(Sent::TooMany),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Sending {
+    fn new(item: Item, registry: &Registry) -> Option<Self> {
+        let (message, descriptors) = match item {
+            Item::Message(message) => (message, Vec::new()),
+            Item::Lease(listener) => {
+                let held = registry.listeners.get(&listener)?;
+                let message = FromKeeper::Lease {
+                    delivery: held.delivery.clone(),
+                    slots: held.parks.keys().copied().collect(),
+                };
+                let parks = held.parks.values().flatten();
+                (message, [&held.listener].into_iter().chain(parks).cloned().collect())
+            }
+        };
+        let bytes = frame::encode(&message, descriptors.len());
+        Some(Self { bytes, descriptors, progress: Progress::default() })
+    }
+}
+
+/// A monitor process. It stays one while it has no connection: as long as it lives, it may be at its calls.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    pub(crate) client: Option<ClientId>,
+    /// `None`: it cannot be seen from here, and its connection has to stand for it.
+    pub(crate) process: Option<OwnedFd>,
+    pub(crate) pid: u32,
+    pub(crate) version: String,
+    pub(crate) generation: u64,
+}
+
+impl Monitor {
+    /// Whether the process has ended, every thread of it.
+    pub(crate) fn is_dead(&self) -> bool {
+        let Some(process) = &self.process else { return self.client.is_none() };
+        let mut poll = [PollFd::new(process, PollFlags::IN)];
+        rustix::event::poll(&mut poll, Some(&Timespec::default())) != Ok(0)
+    }
+}
+
+/// The process at the other end of `client`, if it can be had.
+pub(crate) fn process_of(client: &Client) -> Option<OwnedFd> {
+    match socket::peer_process(&client.socket) {
+        Ok(process) => Some(process),
+        // Before 6.5. It lives: it has just spoken.
+        Err(Errno::NOPROTOOPT) => {
+            let pid = Pid::from_raw(client.peer.pid.cast_signed())?;
+            rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
+        }
+        Err(_) => None,
+    }
+}
+
+/// All clients and monitors.
+#[derive(Debug, Default)]
+pub(crate) struct Clients {
+    pub(crate) clients: BTreeMap<ClientId, Client>,
+    pub(crate) monitors: BTreeMap<MonitorId, Monitor>,
+    /// The highest generation seen.
+    generation: u64,
+    next: MonitorId,
+}
+
+impl Clients {
+    /// Takes the client `id` as a monitor: one that was lost from sight, or a new one.
+    pub(crate) fn welcome(
+        &mut self,
+        id: ClientId,
+        pid: u32,
+        version: String,
+        generation: Option<u64>,
+    ) -> Option<(MonitorId, u64)> {
+        let client = self.clients.get_mut(&id)?;
+        let process = process_of(client);
+        let pid = if client.peer.pid == 0 { pid } else { client.peer.pid };
+        let lost = self.monitors.iter().find(|(_, monitor)| {
+            monitor.client.is_none() && monitor.pid == pid && monitor.process.is_some() && !monitor.is_dead()
+        });
+        let monitor = lost.map(|(id, _)| *id).unwrap_or_else(|| {
+            self.next += 1;
+            self.next
+        });
+        self.generation = self.generation.max(generation.unwrap_or(self.generation + 1));
+        let generation = generation.unwrap_or(self.generation);
+        client.standing = Standing::Monitor(monitor);
+        self.monitors.insert(monitor, Monitor { client: Some(id), process, pid, version, generation });
+        Some((monitor, generation))
+    }
+
+    /// The connection to `monitor`, if there is one.
+    pub(crate) fn of(&mut self, monitor: MonitorId) -> Option<&mut Client> {
+        let client = self.monitors.get(&monitor)?.client?;
+        self.clients.get_mut(&client)
+    }
+}
