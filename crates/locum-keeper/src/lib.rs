@@ -1,21 +1,24 @@
-//! The keeper: it owns the front door and keeps copies of listeners. No privileges, no other duty.
+//! The keeper: the process that owns the front door and keeps copies of listeners. It has no privileges and no other
+//! duty, so that it need not change and need not die.
 //!
-//! A listener that is lost takes its workload's calls with it, so the process that holds on to them does as little as
-//! possible: it takes what container runtimes deliver, grants each session to one monitor at a time, and lets go of a
-//! listener when its last user is gone. It never receives a call, reads no workload's memory, opens no journal.
-//! `docs/protocol.md` describes what it speaks.
+//! It never receives a notification, opens no journal and looks at no workload. `docs/protocol.md` describes what is
+//! said at its two doors.
 #![forbid(unsafe_code)]
 
+mod arrival;
 pub mod client;
-mod door;
-mod held;
+mod dir;
+mod discard;
+mod frame;
 mod keeper;
 mod lease;
+mod limits;
+mod monitors;
 pub mod protocol;
-mod runtime_dir;
+mod registry;
 mod sockets;
-mod wire;
+mod state;
 
-pub use keeper::{Config, KeeperError, USER, run};
-pub use runtime_dir::RuntimeDir;
-pub use sockets::Sockets;
+pub use dir::RuntimeDir;
+pub use keeper::{KeeperError, run};
+pub use sockets::{SocketError, Sockets};

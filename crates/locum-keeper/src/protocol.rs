@@ -1,148 +1,215 @@
-//! What keeper, monitors and `locum status` say to each other on the control socket: one JSON text a datagram, with the
-//! descriptors that it names. See `docs/protocol.md`.
+//! What keeper and monitor say to each other. See `docs/protocol.md`.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The protocol's version. A peer of a newer one is refused.
-pub const VERSION: u32 = 1;
+/// The version of the control protocol. A peer that speaks a newer one is refused; older ones will be spoken as long as there
+/// are any.
+pub const PROTOCOL: u32 = 1;
 
-/// Names a session for as long as anything of it is left; fit to be a file's name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct SessionId(pub(crate) String);
+/// Names a session, for ever. Fit to be a file's name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SessionId(String);
 
-impl std::fmt::Display for SessionId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl SessionId {
+    /// A new one for `container`, told from others by `random`.
+    pub(crate) fn new(container: &str, random: u32) -> Self {
+        let safe = |c: char| if c.is_ascii_alphanumeric() || c == '_' || c == '-' { c } else { '_' };
+        let name: String = container.chars().take(64).map(safe).collect();
+        Self(format!("{name}-{random:08x}"))
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-/// Names a listener, for every keeper and monitor: random, and never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// Names a listener, for ever and whatever keeper holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ListenerId(pub u64);
 
-/// At which front door something was delivered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+impl fmt::Display for ListenerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// A front door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Door {
     /// `oci.sock`.
     Root,
-    /// `oci-UID.sock`.
+    /// `oci-UID.sock`, that of a rootless user.
     User(u32),
 }
 
-/// Who delivered it, by SO_PEERCRED.
+impl fmt::Display for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Root => f.write_str("oci.sock"),
+            Self::User(uid) => write!(f, "oci-{uid}.sock"),
+        }
+    }
+}
+
+/// Who delivered a listener, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// User id.
+    /// The effective user id.
     pub uid: u32,
-    /// Group id.
+    /// The effective group id.
     pub gid: u32,
-    /// Process id, as the keeper sees it.
+    /// The process; 0 if it is in a pid namespace that the keeper does not see.
     pub pid: u32,
 }
 
-/// One listener, and what its runtime said of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// All that is known of a listener.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delivery {
     /// The session that it belongs to.
     pub session: SessionId,
-    /// The listener.
+    /// Its own name.
     pub listener: ListenerId,
     /// Where it came in.
     pub door: Door,
     /// Who brought it.
     pub peer: Peer,
-    /// The runtime's JSON, as it was received.
+    /// The runtime's message, as received.
     pub state: String,
+    /// The how manieth of its keeper.
+    pub sequence: u64,
 }
 
-/// A delivery without its state, which travels in a memfd: it may be larger than a datagram.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Label {
-    pub(crate) session: SessionId,
-    pub(crate) listener: ListenerId,
-    pub(crate) door: Door,
-    pub(crate) peer: Peer,
-}
-
-/// What a peer of the keeper says.
+/// What a client of the keeper says. The first must be a hello.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Request {
-    /// First of all.
-    Hello { protocol: u32, pid: u32, version: String, generation: Option<u64> },
-    /// With two descriptors, the ends of a park.
-    Park { listener: ListenerId, slot: u32 },
-    /// With a listener and its state: what a monitor held when a keeper was lost.
-    Fill(Label),
-    /// Asks for a [`Status`].
-    Status,
-    /// The same, answered as soon as there is a monitor.
-    AwaitMonitor,
+pub(crate) enum ToKeeper {
+    Hello {
+        protocol: u32,
+        role: Role,
+        pid: u32,
+        version: String,
+        generation: Option<u64>,
+    },
+    /// With two descriptors.
+    Park {
+        listener: ListenerId,
+        slot: u32,
+    },
+    /// With the listener, and two descriptors for each slot.
+    Fill {
+        delivery: Delivery,
+        slots: Vec<u32>,
+    },
+    /// Answered when there is a monitor, if that is what to wait for.
+    Status {
+        when_monitored: bool,
+    },
+}
+
+/// What a hello of any version holds.
+#[derive(Deserialize)]
+pub(crate) struct AnyHello {
+    pub(crate) hello: AnyProtocol,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct AnyProtocol {
+    pub(crate) protocol: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Role {
+    Monitor,
+    Observer,
 }
 
 /// What the keeper says.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Reply {
-    /// To a monitor's hello.
-    Hello { protocol: u32, pid: u32, version: String, generation: u64 },
-    /// Why a peer is not served.
-    Refused { why: String },
-    /// With two descriptors; belongs to the lease that follows.
-    Park { slot: u32 },
-    /// With a listener and its state.
-    Lease(Label),
-    /// The listener's last user is gone.
-    Ended { listener: ListenerId },
-    /// To a status request.
-    Status(Status),
+pub(crate) enum FromKeeper {
+    Hello {
+        protocol: u32,
+        pid: u32,
+        version: String,
+        generation: u64,
+    },
+    Refused {
+        why: String,
+    },
+    /// With the listener, and two descriptors for each slot.
+    Lease {
+        delivery: Delivery,
+        slots: Vec<u32>,
+    },
+    Ended {
+        listener: ListenerId,
+    },
+    Status(Report),
 }
 
-/// Who is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
-    /// The keeper.
-    pub keeper: ProcessStatus,
-    /// The monitor that serves, if one does.
-    pub monitor: Option<MonitorStatus>,
-    /// The sessions.
-    pub sessions: Vec<SessionStatus>,
-    /// Connections and deliveries that were turned away since the keeper started.
+/// What the keeper knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Itself.
+    pub keeper: KeeperReport,
+    /// The monitor whose turn it is.
+    pub monitor: Option<MonitorReport>,
+    /// Everyone who is served, or would be.
+    pub sessions: Vec<SessionReport>,
+}
+
+/// The keeper itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperReport {
+    /// Its process.
+    pub pid: u32,
+    /// Its release.
+    pub version: String,
+    /// Deliveries and parks that a limit turned away.
     pub turned_away: u64,
 }
 
-/// A process of locum.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessStatus {
-    /// Its id.
-    pub pid: u32,
-    /// Its release.
-    pub version: String,
-}
-
 /// A monitor.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MonitorStatus {
-    /// Its id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorReport {
+    /// Its process.
     pub pid: u32,
     /// Its release.
     pub version: String,
-    /// How many monitors there were, with it.
+    /// The how manieth monitor it is.
     pub generation: u64,
 }
 
-/// A session, as far as the keeper knows it.
+/// A session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionStatus {
+pub struct SessionReport {
     /// Its name.
-    pub id: String,
-    /// The container's id, as the runtime gave it.
+    pub id: SessionId,
+    /// What the runtime calls the container.
     pub container: String,
     /// The profile's `listenerMetadata`.
     pub metadata: Option<String>,
-    /// The container's first process, as the runtime gave it.
-    pub pid: Option<u32>,
+    /// The container's first process, in the runtime's words; 0 if it did not say.
+    pub pid: u32,
     /// How many listeners it has.
     pub listeners: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_id_is_a_file_name() {
+        assert_eq!(SessionId::new("c1", 0xab).to_string(), "c1-000000ab");
+        assert_eq!(SessionId::new("../..", 1).to_string(), "_____-00000001");
+        assert_eq!(SessionId::new("\u{e4}/\0", 1).to_string(), "___-00000001");
+        assert_eq!(SessionId::new(&"x".repeat(1000), 1).to_string().len(), 64 + 9);
+    }
 }

@@ -1,0 +1,163 @@
+//! The listeners that are held, and the sessions that they belong to.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use locum_kernel::Errno;
+use locum_kernel::notify::Listener;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::limits::Use;
+use crate::protocol::{Delivery, Door, ListenerId, Peer, SessionId, SessionReport};
+use crate::state::State;
+
+/// What makes two deliveries one session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Key {
+    door: Door,
+    uid: u32,
+    container: String,
+    metadata: Option<String>,
+}
+
+impl Key {
+    fn of(door: Door, peer: Peer, state: &State) -> Self {
+        Self { door, uid: peer.uid, container: state.state.id.clone(), metadata: state.metadata.clone() }
+    }
+}
+
+#[derive(Debug)]
+struct Session {
+    key: Key,
+    pid: u32,
+    /// Of its first delivery.
+    sequence: u64,
+}
+
+/// Both ends of a park.
+type Ends = [Rc<OwnedFd>; 2];
+
+/// A listener.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) delivery: Delivery,
+    pub(crate) listener: Rc<OwnedFd>,
+    pub(crate) parks: BTreeMap<u32, Ends>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    pub(crate) listeners: BTreeMap<ListenerId, Held>,
+    sessions: BTreeMap<SessionId, Session>,
+    sequence: u64,
+}
+
+impl Registry {
+    /// Takes what a runtime brought, as a session's first listener or one more.
+    pub(crate) fn admit(
+        &mut self,
+        door: Door,
+        peer: Peer,
+        state: &State,
+        text: &str,
+        listeners: Vec<Listener>,
+    ) -> Result<(SessionId, Vec<ListenerId>), Errno> {
+        let session = self.session_for(Key::of(door, peer, state), state)?;
+        let mut admitted = Vec::new();
+        for listener in listeners {
+            let (id, sequence) = (ListenerId(random()?), self.next_sequence());
+            let delivery =
+                Delivery { session: session.clone(), listener: id, door, peer, state: text.to_owned(), sequence };
+            let listener = Rc::new(OwnedFd::from(listener));
+            self.listeners.insert(id, Held { delivery, listener, parks: BTreeMap::new() });
+            admitted.push(id);
+        }
+        Ok((session, admitted))
+    }
+
+    fn session_for(&mut self, key: Key, state: &State) -> Result<SessionId, Errno> {
+        let same = self.sessions.iter().filter(|(_, session)| session.key == key);
+        let newest = same.max_by_key(|(_, session)| session.sequence).map(|(id, _)| id.clone());
+        if let (Some(known), false) = (newest, state.is_start()) {
+            return Ok(known);
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "half of it is random enough")]
+        let id = SessionId::new(&key.container, random()? as u32);
+        self.sessions.insert(id.clone(), Session { key, pid: state.pid(), sequence: self.sequence });
+        Ok(id)
+    }
+
+    fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    /// Takes what a monitor serves that is not known here.
+    pub(crate) fn fill(&mut self, delivery: Delivery, state: &State, listener: OwnedFd) {
+        self.sequence = self.sequence.max(delivery.sequence);
+        let new = || Session {
+            key: Key::of(delivery.door, delivery.peer, state),
+            pid: state.pid(),
+            sequence: delivery.sequence,
+        };
+        let session = self.sessions.entry(delivery.session.clone()).or_insert_with(new);
+        if state.is_start() {
+            // The first process is the one that came with the start, in whatever order they are handed over.
+            (session.pid, session.sequence) = (state.pid(), delivery.sequence);
+        }
+        let held = Held { listener: Rc::new(listener), parks: BTreeMap::new(), delivery };
+        self.listeners.insert(held.delivery.listener, held);
+    }
+
+    /// Keeps both ends of the park of (`listener`, `slot`). False: there is no such listener.
+    pub(crate) fn park(&mut self, listener: ListenerId, slot: u32, ends: [OwnedFd; 2]) -> bool {
+        let Some(held) = self.listeners.get_mut(&listener) else { return false };
+        held.parks.insert(slot, ends.map(Rc::new));
+        true
+    }
+
+    /// Lets go of a listener. Returns its session, and whether that is over.
+    pub(crate) fn end(&mut self, listener: ListenerId) -> Option<(SessionId, bool)> {
+        let session = self.listeners.remove(&listener)?.delivery.session;
+        let is_over = self.of(&session).next().is_none();
+        if is_over {
+            self.sessions.remove(&session);
+        }
+        Some((session, is_over))
+    }
+
+    /// The listeners of a session.
+    pub(crate) fn of<'a>(&'a self, session: &'a SessionId) -> impl Iterator<Item = ListenerId> + 'a {
+        self.listeners.values().filter(|held| held.delivery.session == *session).map(|held| held.delivery.listener)
+    }
+
+    /// What is held for `door`.
+    pub(crate) fn used(&self, door: Door) -> Use {
+        let mut used = Use::default();
+        for held in self.listeners.values().filter(|held| held.delivery.door == door) {
+            let (descriptors, bytes) = (1 + 2 * held.parks.len(), held.delivery.state.len());
+            used.add(Use { connections: 0, listeners: 1, descriptors, bytes });
+        }
+        used
+    }
+
+    pub(crate) fn report(&self) -> Vec<SessionReport> {
+        let report = |(id, session): (&SessionId, &Session)| SessionReport {
+            id: id.clone(),
+            container: session.key.container.clone(),
+            metadata: session.key.metadata.clone(),
+            pid: session.pid,
+            listeners: self.of(id).count(),
+        };
+        self.sessions.iter().map(report).collect()
+    }
+}
+
+fn random() -> Result<u64, Errno> {
+    let mut bytes = [0; 8];
+    // As few as these always come at once.
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    Ok(u64::from_ne_bytes(bytes))
+}
