@@ -45,7 +45,7 @@ pub(crate) fn commands(to: &Path) {
     fs::create_dir_all(to).unwrap();
     let busybox = to.join("busybox");
     fs::copy("/bin/busybox", &busybox).unwrap();
-    run(Command::new(&busybox).args(["--install", "-s"]).arg(to));
+    run(Command::new(&busybox).arg("--install").arg(to));
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real/xattr.c");
     run(Command::new("cc").args(["-static", "-O", "-o"]).arg(to.join("xattr")).arg(source));
 }

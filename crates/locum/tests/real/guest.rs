@@ -4,7 +4,9 @@ use std::process::{Command, Stdio};
 
 use crate::common::{Process, until};
 use crate::components;
+use crate::container::{Runtime, Site};
 use crate::machine;
+use crate::service::{Service, while_killing};
 use crate::tree::{self, Work};
 
 /// The test itself is right: with a privileged virtiofsd and without locum the guest does its work.
@@ -17,7 +19,12 @@ fn reference() {
     machine::initramfs(folder.path(), &at("tar"));
     std::fs::create_dir(at("share")).unwrap();
     let mut virtiofsd = Command::new(components::virtiofsd());
-    virtiofsd.args(["--sandbox=none", "--inode-file-handles=mandatory", "--modcaps=+dac_read_search", "--xattr"]);
+    virtiofsd.args([
+        "--sandbox=none",
+        "--inode-file-handles=mandatory",
+        "--modcaps=+dac_read_search",
+        "--xattr",
+    ]);
     virtiofsd.arg("--shared-dir").arg(at("share")).arg("--socket-path").arg(at("socket"));
     let mut virtiofsd = Process(virtiofsd.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     until("virtiofsd's socket", || at("socket").exists());
@@ -26,4 +33,64 @@ fn reference() {
     let expected = tree::expected(&at("commands"), Work::All, &at("tar"));
     tree::assert_same("the guest's tree", &seen, &expected);
     tree::assert_same("the share", &tree::list(&at("commands"), &at("share")), &expected);
+}
+
+#[test]
+fn crun() {
+    served(Runtime::Crun, "prefer", Work::All);
+}
+
+#[test]
+fn runc() {
+    served(Runtime::Runc, "prefer", Work::All);
+}
+
+#[test]
+fn podman() {
+    served(Runtime::Podman, "prefer", Work::All);
+}
+
+#[test]
+fn crun_mandatory() {
+    served(Runtime::Crun, "mandatory", Work::Plain);
+}
+
+#[test]
+fn runc_mandatory() {
+    served(Runtime::Runc, "mandatory", Work::Plain);
+}
+
+#[test]
+fn podman_mandatory() {
+    served(Runtime::Podman, "mandatory", Work::Plain);
+}
+
+/// virtiofsd in a container, without privileges; the guest does its work while the monitor is killed.
+fn served(runtime: Runtime, handles: &str, work: Work) {
+    let service = Service::new(runtime);
+    let _serve = service.serve();
+    let site = Site::new(runtime, &service.seccomp());
+    components::commands(&site.at("commands"));
+    tree::pack(&site.at("tar"));
+    machine::initramfs(site.path(), &site.at("tar"));
+    // The session lives on until it has been looked at: `cat` waits for the end of the input.
+    let virtiofsd = format!(
+        "virtiofsd --sandbox=none --inode-file-handles={handles} --xattr --shared-dir /share --socket-path /run/socket \
+         2>/run/said </dev/null && cat"
+    );
+    let container = site.start("virtiofsd", &virtiofsd);
+    let said = || std::fs::read_to_string(site.at("run/said")).unwrap_or_default();
+    let (seen, kills) = while_killing(&service, || {
+        until("virtiofsd's socket", || site.at("run/socket").exists());
+        machine::work(site.path(), &site.at("run/socket"), work)
+    });
+    let counted = service.counted();
+    container.finish();
+    println!("{runtime:?}, {handles}: {kills} kills, {counted:?}; virtiofsd said: {}", said());
+
+    let expected = tree::expected(&site.at("commands"), work, &site.at("tar"));
+    tree::assert_same("the guest's tree", &seen, &expected);
+    tree::assert_same("the share", &tree::list(&site.at("commands"), &site.at("share")), &expected);
+    assert!(kills >= 20, "{kills} kills");
+    assert!(counted.calls > 1000 && counted.recovered >= 1 && counted.refused == 0, "{counted:?}");
 }

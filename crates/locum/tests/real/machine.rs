@@ -16,8 +16,15 @@ use crate::tree::{self, Listing, Work};
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// In the order in which init loads them.
-const MODULES: [&str; 7] =
-    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "fuse", "virtiofs"];
+const MODULES: [&str; 7] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "fuse",
+    "virtiofs",
+];
 
 /// Makes the guest's first file system, `folder/initrd`, with `tar` for it to unpack.
 pub(crate) fn initramfs(folder: &Path, tar: &Path) {
@@ -43,19 +50,32 @@ pub(crate) fn initramfs(folder: &Path, tar: &Path) {
 pub(crate) fn work(folder: &Path, socket: &Path, work: Work) -> Listing {
     let (console, listing) = (folder.join("console"), folder.join("listing"));
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "1", "-nodefaults", "-no-reboot"])
-        .args(["-display", "none", "-monitor", "none"])
-        .args(["-serial", &format!("file:{}", console.display())])
-        .args(["-serial", &format!("file:{}", listing.display())])
-        .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory"])
-        .args(["-chardev", &format!("socket,id=share,path={}", socket.display())])
-        .args(["-device", "vhost-user-fs-pci,queue-size=1024,chardev=share,tag=share"])
-        .arg("-kernel")
-        .arg(components::vmlinuz())
-        .arg("-initrd")
-        .arg(folder.join("initrd"))
-        .arg("-append")
-        .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on locum={}", work.name()));
+    qemu.args([
+        "-M",
+        "q35",
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-m",
+        "512M",
+        "-smp",
+        "1",
+        "-nodefaults",
+        "-no-reboot",
+    ])
+    .args(["-display", "none", "-monitor", "none"])
+    .args(["-serial", &format!("file:{}", console.display())])
+    .args(["-serial", &format!("file:{}", listing.display())])
+    .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory"])
+    .args(["-chardev", &format!("socket,id=share,path={}", socket.display())])
+    .args(["-device", "vhost-user-fs-pci,queue-size=1024,chardev=share,tag=share"])
+    .arg("-kernel")
+    .arg(components::vmlinuz())
+    .arg("-initrd")
+    .arg(folder.join("initrd"))
+    .arg("-append")
+    .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on locum={}", work.name()));
     let mut qemu = Process(qemu.stdin(Stdio::null()).spawn().unwrap());
     let ended = ends_within(&qemu, PATIENCE);
     let said = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();

@@ -6,6 +6,7 @@ mod common;
 mod components;
 mod container;
 mod guest;
+mod listeners;
 mod machine;
 mod service;
 mod tree;

@@ -1,1 +1,172 @@
-//! x
+//! `locum serve` for one test, with a directory of its own, and whoever kills its monitor.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::common::{Process, locum, until};
+use crate::components;
+use crate::container::Runtime;
+
+/// A runtime directory and what is in it for containers of one runtime.
+pub(crate) struct Service {
+    runtime: Runtime,
+    folder: TempDir,
+}
+
+/// What the sessions of a service have counted together.
+#[derive(Debug, Default)]
+pub(crate) struct Counted {
+    pub(crate) listeners: u64,
+    pub(crate) calls: u64,
+    pub(crate) refused: u64,
+    pub(crate) recovered: u64,
+}
+
+impl Service {
+    pub(crate) fn new(runtime: Runtime) -> Self {
+        let service = Self { runtime, folder: components::folder() };
+        let policy = format!(
+            r#"[rootless]
+calls = ["name_to_handle_at", "open_by_handle_at"]
+peers = [{}]
+exports = ["/share"]
+scope = "{{container}}"
+trusted = ["container"]
+o_path = "fast"
+"#,
+            runtime.user()
+        );
+        fs::write(service.at("policy.toml"), policy).unwrap();
+        fs::create_dir(service.at("keys")).unwrap();
+        fs::set_permissions(service.at("keys"), fs::Permissions::from_mode(0o700)).unwrap();
+        service
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts keeper and monitor, each started again when it dies.
+    pub(crate) fn serve(&self) -> Process {
+        self.start("serve", true, true)
+    }
+
+    pub(crate) fn keeper(&self) -> Process {
+        self.start("keeper", true, false)
+    }
+
+    pub(crate) fn monitor(&self) -> Process {
+        self.start("monitor", false, true)
+    }
+
+    fn start(&self, part: &str, keeps: bool, monitors: bool) -> Process {
+        let log = fs::File::options().create(true).append(true).open(self.at("log")).unwrap();
+        let mut command = locum(&[part, "--runtime-dir"]);
+        command.arg(self.at("runtime"));
+        if keeps && self.runtime.user() != 0 {
+            command.args(["--door", &self.runtime.user().to_string()]);
+        }
+        if monitors {
+            command.arg("--keys").arg(self.at("keys")).arg("--policy").arg(self.at("policy.toml"));
+        }
+        let process = Process(command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
+        if keeps {
+            until("the front door", || self.door().exists());
+        }
+        process
+    }
+
+    /// The front door.
+    fn door(&self) -> PathBuf {
+        match self.runtime.user() {
+            0 => self.at("runtime/oci.sock"),
+            user => self.at(&format!("runtime/oci-{user}.sock")),
+        }
+    }
+
+    /// The seccomp section of the containers.
+    pub(crate) fn seccomp(&self) -> Value {
+        let policy = if self.runtime.user() == 0 { "virtiofsd" } else { "rootless" };
+        let mut seccomp = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64"],
+            "listenerPath": self.door(),
+            "listenerMetadata": format!("policy={policy}"),
+            "syscalls": [{"names": ["name_to_handle_at", "open_by_handle_at"], "action": "SCMP_ACT_NOTIFY"}],
+        });
+        // runc refuses any flag; with podman this is the case that a signal can take a call back.
+        if self.runtime == Runtime::Crun {
+            seccomp["flags"] = json!(["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]);
+        }
+        seccomp
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        let output = locum(&["status", "--json", "--runtime-dir"]).arg(self.at("runtime")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    pub(crate) fn counted(&self) -> Counted {
+        let status = self.status();
+        let sum =
+            |name| status["sessions"].as_array().unwrap().iter().map(|one| one[name].as_u64().unwrap()).sum();
+        Counted {
+            listeners: sum("listeners"),
+            calls: sum("calls"),
+            refused: sum("refused"),
+            recovered: sum("recovered"),
+        }
+    }
+
+    /// What keepers and monitors said, for whoever has to find out why a test failed.
+    fn said(&self) -> String {
+        let said = fs::read(self.at("log")).unwrap_or_default();
+        let lines: Vec<_> = said.split(|byte| *byte == b'\n').map(String::from_utf8_lossy).collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("locum said last:\n{}", self.said());
+        }
+    }
+}
+
+/// Does `work` while the monitor is killed every 50 to 300 ms; how often that was.
+pub(crate) fn while_killing<T>(service: &Service, work: impl FnOnce() -> T) -> (T, u32) {
+    thread::scope(|scope| {
+        // Dropped when the work ends, by a panic too.
+        let (working, worked) = mpsc::channel::<()>();
+        let killer = scope.spawn(move || {
+            let mut kills = 0;
+            while worked.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
+                // Between two monitors there is none.
+                let monitor = service.status()["monitor"]["pid"].as_i64();
+                let monitor = monitor.and_then(|pid| Pid::from_raw(i32::try_from(pid).unwrap()));
+                kills += u32::from(monitor.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok()));
+            }
+            kills
+        });
+        let result = work();
+        drop(working);
+        (result, killer.join().unwrap())
+    })
+}
+
+fn pause() -> Duration {
+    let mut random = [0; 2];
+    getrandom(&mut random, GetRandomFlags::empty()).unwrap();
+    Duration::from_millis(50 + u64::from(u16::from_le_bytes(random)) % 251)
+}
