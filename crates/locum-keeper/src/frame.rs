@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use locum_kernel::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -97,10 +97,9 @@ pub(crate) fn receive(
 ) -> Result<Received, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut buffer = [0; 1 << 16];
+    let mut buffer = [0; 1 << 14];
     let flags = RecvFlags::CMSG_CLOEXEC;
-    let message =
-        rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags)?;
+    let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags)?;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(descriptors) = message {
             descriptors.for_each(&mut take);
@@ -109,6 +108,9 @@ pub(crate) fn receive(
     bytes.extend_from_slice(&buffer[..message.bytes]);
     Ok(Received { bytes: message.bytes, is_cut: message.flags.contains(ReturnFlags::CTRUNC) })
 }
+
+/// A message and the descriptors that came with it.
+pub(crate) type Message<T> = (T, Vec<OwnedFd>);
 
 /// What has come, and is not understood yet.
 #[derive(Debug, Default)]
@@ -124,11 +126,11 @@ impl Inbox {
     }
 
     /// The next whole message as its bytes, with its descriptors.
-    pub(crate) fn next_bytes(&mut self) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, FrameError> {
+    pub(crate) fn next_bytes(&mut self) -> Result<Option<Message<Vec<u8>>>, FrameError> {
         let Some((header, rest)) = self.bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
-        let [a, b, c, d, e, f, g, h] = *header;
-        let number = |bytes| usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX);
-        let (length, descriptors) = (number([a, b, c, d]), number([e, f, g, h]));
+        let header = u64::from_le_bytes(*header);
+        let number = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        let (length, descriptors) = (number(header & 0xffff_ffff), number(header >> 32));
         if length > LONGEST {
             return Err(FrameError::TooLong(length));
         }
@@ -142,7 +144,7 @@ impl Inbox {
     }
 
     /// The next whole message.
-    pub(crate) fn next<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>, FrameError> {
+    pub(crate) fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Message<T>>, FrameError> {
         let Some((bytes, descriptors)) = self.next_bytes()? else { return Ok(None) };
         Ok(Some((serde_json::from_slice(&bytes)?, descriptors)))
     }

@@ -16,7 +16,7 @@ use crate::arrival::{Arrival, Refused};
 use crate::discard::Discarder;
 use crate::lease::Leases;
 use crate::limits::{self, Use};
-use crate::monitors::{Client, ClientId, Clients, MonitorId, Sent, Standing};
+use crate::monitors::{Client, ClientId, Clients, Monitor, MonitorId, Sent, Standing};
 use crate::protocol::{Door, FromKeeper, ListenerId, Peer, SessionId};
 use crate::registry::Registry;
 use crate::sockets::{self, Sockets};
@@ -173,7 +173,7 @@ impl Keeper {
             }
             until = until.into_iter().chain(arrival.deadline).min();
         }
-        for (id, client) in &self.clients.clients {
+        for (id, client) in &self.clients.all {
             let sends = client.has_to_send() && self.no_send_before.is_none();
             let events = if sends { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             add(Source::Client(*id), client.socket.as_fd(), events);
@@ -302,7 +302,9 @@ impl Keeper {
         tracing::info!(%session, listeners = admitted.len(), uid = peer.uid, pid = peer.pid, "delivered at {door}");
         let Some(monitor) = self.leases.open(&session) else { return };
         if let Some(client) = self.clients.of(monitor) {
-            admitted.into_iter().for_each(|listener| client.lease(listener));
+            for listener in admitted {
+                client.lease(listener);
+            }
         }
     }
 
@@ -337,11 +339,11 @@ impl Keeper {
         if peer.uid != 0 && peer.uid != self.owner {
             return tracing::warn!(uid = peer.uid, pid = peer.pid, "refused at keeper.sock: not root");
         }
-        if self.clients.clients.len() >= limits::CLIENTS {
+        if self.clients.all.len() >= limits::CLIENTS {
             return tracing::warn!(pid = peer.pid, "refused at keeper.sock: {} are there", limits::CLIENTS);
         }
         let id = self.next_id();
-        self.clients.clients.insert(id, Client::new(accepted, peer));
+        self.clients.all.insert(id, Client::new(accepted, peer));
     }
 
     /// A listener's last user is gone.
@@ -359,7 +361,7 @@ impl Keeper {
 
     /// A monitor is dead: what it held goes to the next.
     fn depart(&mut self, monitor: MonitorId) {
-        if !self.clients.monitors.get(&monitor).is_some_and(|monitor| monitor.is_dead()) {
+        if !self.clients.monitors.get(&monitor).is_some_and(Monitor::is_dead) {
             return;
         }
         let Some(gone) = self.clients.monitors.remove(&monitor) else { return };
@@ -379,7 +381,7 @@ impl Keeper {
             return;
         }
         let mut broken = Vec::new();
-        for (id, client) in &mut self.clients.clients {
+        for (id, client) in &mut self.clients.all {
             match client.flush(&self.registry) {
                 Ok(Sent::All) if client.standing == Standing::Leaving => broken.push(*id),
                 Ok(Sent::All | Sent::Part) => {}
@@ -387,7 +389,9 @@ impl Keeper {
                 Err(_) => broken.push(*id),
             }
         }
-        broken.into_iter().for_each(|id| self.let_go(id));
+        for id in broken {
+            self.let_go(id);
+        }
     }
 }
 

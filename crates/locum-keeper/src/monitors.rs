@@ -159,7 +159,7 @@ pub(crate) fn process_of(client: &Client) -> Option<OwnedFd> {
 /// All clients and monitors.
 #[derive(Debug, Default)]
 pub(crate) struct Clients {
-    pub(crate) clients: BTreeMap<ClientId, Client>,
+    pub(crate) all: BTreeMap<ClientId, Client>,
     pub(crate) monitors: BTreeMap<MonitorId, Monitor>,
     /// The highest generation seen.
     generation: u64,
@@ -175,16 +175,14 @@ impl Clients {
         version: String,
         generation: Option<u64>,
     ) -> Option<(MonitorId, u64)> {
-        let client = self.clients.get_mut(&id)?;
+        let client = self.all.get_mut(&id)?;
         let process = process_of(client);
         let pid = if client.peer.pid == 0 { pid } else { client.peer.pid };
         let lost = self.monitors.iter().find(|(_, monitor)| {
             monitor.client.is_none() && monitor.pid == pid && monitor.process.is_some() && !monitor.is_dead()
         });
-        let monitor = lost.map(|(id, _)| *id).unwrap_or_else(|| {
-            self.next += 1;
-            self.next
-        });
+        let monitor = lost.map_or_else(|| self.next + 1, |(id, _)| *id);
+        self.next = self.next.max(monitor);
         self.generation = self.generation.max(generation.unwrap_or(self.generation + 1));
         let generation = generation.unwrap_or(self.generation);
         client.standing = Standing::Monitor(monitor);
@@ -195,6 +193,6 @@ impl Clients {
     /// The connection to `monitor`, if there is one.
     pub(crate) fn of(&mut self, monitor: MonitorId) -> Option<&mut Client> {
         let client = self.monitors.get(&monitor)?.client?;
-        self.clients.get_mut(&client)
+        self.all.get_mut(&client)
     }
 }

@@ -23,7 +23,7 @@ struct Key {
 
 impl Key {
     fn of(door: Door, peer: Peer, state: &State) -> Self {
-        Self { door, uid: peer.uid, container: state.state.id.clone(), metadata: state.metadata.clone() }
+        Self { door, uid: peer.uid, container: state.container.id.clone(), metadata: state.metadata.clone() }
     }
 }
 
@@ -68,8 +68,14 @@ impl Registry {
         let mut admitted = Vec::new();
         for listener in listeners {
             let (id, sequence) = (ListenerId(random()?), self.next_sequence());
-            let delivery =
-                Delivery { session: session.clone(), listener: id, door, peer, state: text.to_owned(), sequence };
+            let delivery = Delivery {
+                session: session.clone(),
+                listener: id,
+                door,
+                peer,
+                state: text.to_owned(),
+                sequence,
+            };
             let listener = Rc::new(OwnedFd::from(listener));
             self.listeners.insert(id, Held { delivery, listener, parks: BTreeMap::new() });
             admitted.push(id);
@@ -130,7 +136,10 @@ impl Registry {
 
     /// The listeners of a session.
     pub(crate) fn of<'a>(&'a self, session: &'a SessionId) -> impl Iterator<Item = ListenerId> + 'a {
-        self.listeners.values().filter(|held| held.delivery.session == *session).map(|held| held.delivery.listener)
+        self.listeners
+            .values()
+            .filter(|held| held.delivery.session == *session)
+            .map(|held| held.delivery.listener)
     }
 
     /// What is held for `door`.

@@ -56,7 +56,8 @@ pub(crate) struct State {
     pub(crate) fds: Vec<String>,
     #[serde(default)]
     pub(crate) metadata: Option<String>,
-    pub(crate) state: Container,
+    #[serde(rename = "state")]
+    pub(crate) container: Container,
 }
 
 /// The container in it.
@@ -73,12 +74,12 @@ pub(crate) struct Container {
 impl State {
     /// Whether this is the start of a container, and no exec into one.
     pub(crate) fn is_start(&self) -> bool {
-        matches!(self.state.status.as_str(), "creating" | "created")
+        matches!(self.container.status.as_str(), "creating" | "created")
     }
 
     /// The container's first process; 0 if the runtime did not say.
     pub(crate) fn pid(&self) -> u32 {
-        u32::try_from(self.state.pid).unwrap_or(0)
+        u32::try_from(self.container.pid).unwrap_or(0)
     }
 }
 
@@ -112,7 +113,7 @@ mod tests {
         let crun = r#"{ "ociVersion": "0.2.0", "fds": [ "seccompFd" ], "pid": 0, "metadata": "m",
             "state": { "ociVersion": "0.2.0", "id": "c1", "status": "running", "pid": 0, "bundle": "." } }"#;
         let state: State = serde_json::from_str(crun).unwrap();
-        assert_eq!((state.is_start(), state.pid(), state.state.id.as_str()), (false, 0, "c1"));
+        assert_eq!((state.is_start(), state.pid(), state.container.id.as_str()), (false, 0, "c1"));
         let runc = r#"{"ociVersion":"1.0.2-dev","fds":["seccompFd"],"pid":7,"state":{"id":"c","status":"creating","pid":7}}"#;
         let state: State = serde_json::from_str(runc).unwrap();
         assert_eq!((state.is_start(), state.pid(), state.metadata), (true, 7, None));

@@ -77,7 +77,7 @@ pub enum Answer {
 }
 
 /// Why a descriptor is no listener.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct NotAListener {
     /// What the descriptor is instead, as /proc/self/fd shows it.
     pub found: String,
@@ -112,16 +112,21 @@ impl TryFrom<OwnedFd> for Listener {
 
     /// Takes a descriptor from outside, after a look at what it is.
     fn try_from(fd: OwnedFd) -> Result<Self, NotAListener> {
-        let found = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        match found {
-            Ok(path) if path.as_os_str() == "anon_inode:seccomp notify" => Ok(Self(fd)),
-            Ok(path) => Err(NotAListener { found: path.display().to_string() }),
-            Err(error) => Err(NotAListener { found: error.to_string() }),
-        }
+        Self::recognise(fd.as_fd()).map(|()| Self(fd))
     }
 }
 
 impl Listener {
+    /// Tells whether `fd` is a listener, without touching it: closing a descriptor that is something else may block.
+    pub fn recognise(fd: BorrowedFd<'_>) -> Result<(), NotAListener> {
+        let found = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        match found {
+            Ok(path) if path.as_os_str() == "anon_inode:seccomp notify" => Ok(()),
+            Ok(path) => Err(NotAListener { found: path.display().to_string() }),
+            Err(error) => Err(NotAListener { found: error.to_string() }),
+        }
+    }
+
     /// A second descriptor of the same listener.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)

@@ -38,7 +38,7 @@ impl Keeper {
     pub(super) fn read_client(&mut self, id: ClientId) {
         // To its end, so that a monitor's old connection is known to be gone when its new one speaks.
         let is_over = loop {
-            let Some(client) = self.clients.clients.get_mut(&id) else { return };
+            let Some(client) = self.clients.all.get_mut(&id) else { return };
             match client.inbox.receive(&client.socket) {
                 Ok(received) if received.is_cut => {
                     tracing::error!(
@@ -54,7 +54,7 @@ impl Keeper {
                 Err(_) => break true,
             }
             if let Err(why) = self.take_messages(id) {
-                let pid = self.clients.clients.get(&id).map_or(0, |client| client.peer.pid);
+                let pid = self.clients.all.get(&id).map_or(0, |client| client.peer.pid);
                 tracing::warn!(pid, "a client is let go: {why}");
                 break true;
             }
@@ -66,7 +66,7 @@ impl Keeper {
 
     /// Ends a connection. The monitor behind it keeps what it holds for as long as it lives.
     pub(super) fn let_go(&mut self, id: ClientId) {
-        let Some(client) = self.clients.clients.remove(&id) else { return };
+        let Some(client) = self.clients.all.remove(&id) else { return };
         if let Standing::Monitor(monitor) = client.standing {
             // Closed before anyone else is told: if it lives, it must know.
             drop(client);
@@ -79,7 +79,7 @@ impl Keeper {
 
     fn take_messages(&mut self, id: ClientId) -> Result<(), Misspoken> {
         loop {
-            let Some(client) = self.clients.clients.get_mut(&id) else { return Ok(()) };
+            let Some(client) = self.clients.all.get_mut(&id) else { return Ok(()) };
             let Some((bytes, descriptors)) = client.inbox.next_bytes()? else { return Ok(()) };
             match client.standing {
                 Standing::Leaving => {}
@@ -90,7 +90,7 @@ impl Keeper {
     }
 
     fn greet(&mut self, id: ClientId, bytes: &[u8]) -> Result<(), Misspoken> {
-        let Some(client) = self.clients.clients.get_mut(&id) else { return Ok(()) };
+        let Some(client) = self.clients.all.get_mut(&id) else { return Ok(()) };
         let AnyHello { hello } = serde_json::from_slice(bytes)?;
         if hello.protocol > PROTOCOL {
             let why = format!(
@@ -117,7 +117,7 @@ impl Keeper {
                 (Some(monitor), generation)
             }
         };
-        if let Some(client) = self.clients.clients.get_mut(&id) {
+        if let Some(client) = self.clients.all.get_mut(&id) {
             let (pid, version) = (std::process::id(), VERSION.to_owned());
             client.tell(FromKeeper::Hello { protocol: PROTOCOL, pid, version, generation });
         }
@@ -142,7 +142,7 @@ impl Keeper {
             (ToKeeper::Status { when_monitored }, _) => {
                 let waits = when_monitored && self.leases.first().is_none() && standing == Standing::Observer;
                 let report = FromKeeper::Status(self.report());
-                if let Some(client) = self.clients.clients.get_mut(&id) {
+                if let Some(client) = self.clients.all.get_mut(&id) {
                     if waits {
                         client.standing = Standing::Waiting;
                     } else {
@@ -221,7 +221,7 @@ impl Keeper {
 
     fn answer_the_waiting(&mut self) {
         let report = self.report();
-        for client in self.clients.clients.values_mut() {
+        for client in self.clients.all.values_mut() {
             if client.standing == Standing::Waiting {
                 client.standing = Standing::Observer;
                 client.tell(FromKeeper::Status(report.clone()));

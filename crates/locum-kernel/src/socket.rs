@@ -1,0 +1,46 @@
+//! Who is at the other end of a Unix socket.
+
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use crate::Errno;
+
+/// Who connected, as the kernel noted it then (`SO_PEERCRED`, unix(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The process's id; 0 if our pid namespace does not see it.
+    pub pid: u32,
+    /// Its effective user id.
+    pub uid: u32,
+    /// Its effective group id.
+    pub gid: u32,
+}
+
+/// Who connected the other end of `socket`.
+pub fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    option(&socket, libc::SO_PEERCRED, &mut credentials)?;
+    Ok(Peer { pid: credentials.pid.cast_unsigned(), uid: credentials.uid, gid: credentials.gid })
+}
+
+/// A descriptor of the process that connected the other end of `socket`, whatever became of its id (`SO_PEERPIDFD`, 6.5).
+/// ENOPROTOOPT: an older kernel. ESRCH or EINVAL: the process is gone.
+pub fn peer_process(socket: impl AsFd) -> Result<OwnedFd, Errno> {
+    let mut fd: libc::c_int = -1;
+    option(&socket, SO_PEERPIDFD, &mut fd)?;
+    // SAFETY: SO_PEERPIDFD succeeded, so this is a descriptor that was made for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `SO_PEERPIDFD` (`asm-generic/socket.h`).
+const SO_PEERPIDFD: libc::c_int = 77;
+
+fn option<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: &mut T) -> Result<(), Errno> {
+    let mut length = u32::try_from(size_of::<T>()).map_err(|_| Errno::INVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes at this address, the size of `value`, and both callers' types
+    // are made of integers, for which any bytes are valid.
+    let done = unsafe {
+        libc::getsockopt(fd, libc::SOL_SOCKET, name, std::ptr::from_mut(value).cast(), &raw mut length)
+    };
+    crate::notify::check(done).map(drop)
+}
