@@ -98,10 +98,14 @@ fn autopsy(ground: &Ground, traffic: &Traffic) -> String {
     text
 }
 
-fn must_be_clean(ground: &Ground, report: &Value) {
+/// The last word of traffic that has ended.
+fn must_be_clean(ground: &Ground, traffic: Traffic) -> Value {
+    let (status, report) = traffic.finish();
+    assert!(status.success() && report["done"] == true, "{status}: {report}\n{}", ground.log_tail());
     for what in ["wrong", "failed", "leaked"] {
         assert_eq!(report[what], 0, "{what}: {report}\n{}", ground.log_tail());
     }
+    report
 }
 
 /// Keeper and monitor when nothing happens: how many descriptors each has.
@@ -132,9 +136,8 @@ fn chaos(default_seconds: u64, run: &[&str], traffic: &[&str]) {
         kills += 1;
         watchdog.look(&ground, &traffic);
     }
-    let report = traffic.finish();
+    let report = must_be_clean(&ground, traffic);
     println!("{kills} kills, {report}");
-    must_be_clean(&ground, &report);
     assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
     assert!(report["calls"].as_u64().unwrap() > 1000, "{report}");
 }
@@ -187,9 +190,8 @@ fn the_keeper_is_killed_and_replaced() {
         kills += 1;
         watchdog.look(&ground, &traffic);
     }
-    let report = traffic.finish();
+    let report = must_be_clean(&ground, traffic);
     println!("{kills} keepers killed, {report}");
-    must_be_clean(&ground, &report);
     drop(monitor);
     assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
 }
@@ -222,8 +224,7 @@ fn workloads_start_while_no_monitor_runs() {
             }
         }
         for traffic in all {
-            let report = traffic.finish();
-            must_be_clean(&ground, &report);
+            let report = must_be_clean(&ground, traffic);
             served += report["calls"].as_u64().unwrap();
         }
     }

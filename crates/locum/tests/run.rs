@@ -127,8 +127,8 @@ fn a_living_keeper_is_used_and_left_alone() {
     let ground = Ground::new();
     let keeper = ground.keeper();
     let monitor = ground.monitor();
-    let report = ground.traffic(&[], &["--threads", "2", "--calls", "300"]).finish();
-    assert_eq!(report["calls"], 300);
+    let (status, report) = ground.traffic(&[], &["--threads", "2", "--calls", "300"]).finish();
+    assert!(status.success() && report["calls"] == 300, "{status}: {report}");
     until("the policy's removal", || list(&ground.runtime.path().join("policies")).is_empty());
     assert!(is_alive(keeper.pid()) && is_alive(monitor.pid()));
 }
