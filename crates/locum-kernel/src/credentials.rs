@@ -7,9 +7,11 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use crate::Errno;
 use crate::process::Ids;
 
-/// All that a monitor ever needs: SYS_PTRACE for callers' memory and descriptors, DAC_READ_SEARCH for handles,
-/// SYS_CHROOT for their paths, SETUID and SETGID to take on their ids.
+/// All that a monitor ever needs: SYS_PTRACE for callers' memory and descriptors, DAC_OVERRIDE since /proc/TID/mem may
+/// be opened for writing by its owner alone, DAC_READ_SEARCH for handles, SYS_CHROOT for callers' paths, SETUID and SETGID to
+/// take on their ids.
 pub const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE
+    .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::SETUID)
@@ -51,14 +53,17 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// For a thread that has just been started in a process after [`limit_process`]: gives it a root and a working directory
-    /// of its own, so that a path can be looked up as a caller would.
+    /// For a thread that has just been started in a process after [`limit_process`]: full rights, whatever the thread had that
+    /// started it, and a root and a working directory of its own, so that a path can be looked up as a caller would.
     pub fn start() -> Result<Self, Errno> {
         // SAFETY: CLONE_FS parts the thread from the others' root, working directory and umask; no memory, descriptor or
         // lock of ours depends on sharing them.
         let done = unsafe { libc::unshare(libc::CLONE_FS) };
         crate::notify::check(done)?;
-        Ok(Self { rights: Rights::Full, ids: None, _of_this_thread: std::marker::PhantomData })
+        let mut worker =
+            Self { rights: Rights::Nothing, ids: None, _of_this_thread: std::marker::PhantomData };
+        worker.have(Rights::Full)?;
+        Ok(worker)
     }
 
     /// Puts `rights` in effect.

@@ -11,11 +11,13 @@ pub mod confine;
 pub mod crash;
 pub mod credentials;
 pub mod filter;
+pub mod floor;
 pub mod handle;
 pub mod mapping;
 pub mod memory;
 pub mod notify;
 pub mod process;
 pub mod signal;
+pub mod socket;
 
 pub use rustix::io::Errno;

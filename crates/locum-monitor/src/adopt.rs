@@ -115,7 +115,11 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
     }
     let key = metadata.key.as_deref().map_or_else(|| Ok(shared.keys.newest()), key_of)?;
     let is_root = matches!(delivery.door, Door::Root);
-    let subject = Subject { peer_uid: (!is_root).then_some(uid), container: &state.container, annotations: &state.annotations };
+    let subject = Subject {
+        peer_uid: (!is_root).then_some(uid),
+        container: &state.container,
+        annotations: &state.annotations,
+    };
     let record = Record {
         version: VERSION,
         boot: shared.boot.clone(),
@@ -123,9 +127,9 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
         policy: policy.name.clone(),
         scope: policy.scope(&subject)?,
         key: key.to_string(),
-        process: first.as_ref().and_then(|first| {
-            Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })
-        }),
+        process: first
+            .as_ref()
+            .and_then(|first| Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })),
         exports: Vec::new(),
     };
     record.write(&path)?;

@@ -31,7 +31,9 @@ impl Post<'_> {
         kept: Option<Undelivered>,
     ) -> Option<Slot> {
         let answer = match outcome {
-            Outcome::Give { file, close_on_exec } => return self.give(slot, call, caller, file, close_on_exec, kept),
+            Outcome::Give { file, close_on_exec } => {
+                return self.give(slot, call, caller, file, close_on_exec, kept);
+            }
             Outcome::Decline => Answer::Continue,
             Outcome::Fail(error) => Answer::Error(error),
             Outcome::Refuse(error, why) => {
@@ -118,12 +120,19 @@ impl Post<'_> {
             }
             kept.settle();
         }
-        let number = there.map_or_else(|| self.served.listener.add_descriptor(call.id, file.as_fd(), close_on_exec), Ok);
+        let number = there
+            .map_or_else(|| self.served.listener.add_descriptor(call.id, file.as_fd(), close_on_exec), Ok);
         self.finish(slot, call, caller.started, file, &park, number)
     }
 
     /// Goes on with a hand-over that a dead monitor began.
-    pub(crate) fn hand_over_again(&self, slot: Slot, left: &Left, caller: &Caller, file: OwnedFd) -> Option<Slot> {
+    pub(crate) fn hand_over_again(
+        &self,
+        slot: Slot,
+        left: &Left,
+        caller: &Caller,
+        file: OwnedFd,
+    ) -> Option<Slot> {
         let call = &left.call;
         let park = match self.served.park(slot.index(), &self.session.shared) {
             Ok(park) => park,

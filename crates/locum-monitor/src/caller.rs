@@ -19,6 +19,9 @@ pub(crate) struct Caller {
     /// When the thread started, in clock ticks since boot.
     pub(crate) started: u64,
     status: Status,
+    /// Held by the worker that is about a call of this thread. A thread waits for one call at a time, so whoever finds it
+    /// held has been given a call made anew, and must not begin before the other knows that its own was withdrawn.
+    busy: Mutex<()>,
 }
 
 impl Caller {
@@ -26,7 +29,12 @@ impl Caller {
         let thread = Thread::hold(tid)?;
         let memory = AddressSpace::open(thread.proc())?;
         let (status, started) = (thread.status()?, thread.start_time()?);
-        Ok(Self { thread, memory, started, status })
+        Ok(Self { thread, memory, started, status, busy: Mutex::default() })
+    }
+
+    /// Waits until no other worker is about a call of this thread.
+    pub(crate) fn turn(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The ids with which the thread opens files now.
@@ -65,10 +73,10 @@ impl Callers {
             if known.len() >= REMEMBERED {
                 known.retain(|_, caller| caller.thread.lives());
             }
-            if known.len() >= REMEMBERED {
-                known.clear();
+            if known.len() < REMEMBERED {
+                // Another worker may have met it meanwhile; what both use must be one.
+                return Ok(Arc::clone(known.entry(tid).or_insert(caller)));
             }
-            known.insert(tid, Arc::clone(&caller));
         }
         Ok(caller)
     }

@@ -30,7 +30,9 @@ pub(crate) enum ExportError {
     #[error("{0}")]
     Path(#[from] Errno),
     /// Its server chooses the handles, and may be the workload itself.
-    #[error("it is a FUSE mount, whose server could have any handle signed; share the file system under it instead")]
+    #[error(
+        "it is a FUSE mount, whose server could have any handle signed; share the file system under it instead"
+    )]
     Fuse,
     /// Something else was mounted there when the session began.
     #[error("another mount than when the session began")]

@@ -46,10 +46,14 @@ pub enum KeyError {
         source: io::Error,
     },
     /// A name that is no key id.
-    #[error("{0}: wanted a name of eight lower-case hexadecimal digits and .key; rename it, or move it out of the directory")]
+    #[error(
+        "{0}: wanted a name of eight lower-case hexadecimal digits and .key; rename it, or move it out of the directory"
+    )]
     Name(PathBuf),
     /// A key that others can read or change.
-    #[error("{path}: wanted a regular file of root with mode 0600, found mode {mode:04o} and owner {owner}; anyone who read it can forge handles: replace the key")]
+    #[error(
+        "{path}: wanted a regular file of root with mode 0600, found mode {mode:04o} and owner {owner}; anyone who read it can forge handles: replace the key"
+    )]
     Exposed {
         /// Which file.
         path: PathBuf,
@@ -144,8 +148,15 @@ fn read_key(path: &Path) -> Result<(KeyId, Secret, SystemTime), KeyError> {
         .open(path)
         .map_err(failed("open", path))?;
     let metadata = file.metadata().map_err(failed("look at", path))?;
-    if !metadata.is_file() || metadata.mode() & 0o077 != 0 || metadata.uid() != rustix::process::geteuid().as_raw() {
-        return Err(KeyError::Exposed { path: path.to_owned(), mode: metadata.mode() & 0o7777, owner: metadata.uid() });
+    if !metadata.is_file()
+        || metadata.mode() & 0o077 != 0
+        || metadata.uid() != rustix::process::geteuid().as_raw()
+    {
+        return Err(KeyError::Exposed {
+            path: path.to_owned(),
+            mode: metadata.mode() & 0o7777,
+            owner: metadata.uid(),
+        });
     }
     if metadata.len() != KEY_BYTES as u64 {
         return Err(KeyError::Length { path: path.to_owned(), found: metadata.len() });
@@ -165,8 +176,12 @@ fn create(directory: &Path) -> Result<(), KeyError> {
     let id = u32::from_be_bytes([id[0], id[1], id[2], id[3]]);
     let path = directory.join(format!("{id:08x}.key"));
     let fresh = path.with_extension("new");
-    let mut file =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh).map_err(failed("make", &fresh))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&fresh)
+        .map_err(failed("make", &fresh))?;
     file.write_all(secret).and_then(|()| file.sync_all()).map_err(failed("write", &fresh))?;
     fs::rename(&fresh, &path).map_err(failed("rename", &fresh))?;
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed("write", directory))?;

@@ -13,6 +13,7 @@ mod exports;
 mod fault;
 mod keys;
 mod park;
+pub mod parts;
 mod record;
 mod recovery;
 mod session;
@@ -36,7 +37,6 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 
 pub use keys::{KeyError, KeyId, Keys};
-pub use record::{Record, RecordError};
 
 use crate::park::Park;
 use crate::session::{Served, Session, lock, now_ms};
@@ -50,6 +50,8 @@ pub struct Config {
     pub keys: PathBuf,
     /// Policy files beside the built-in ones.
     pub policies: Vec<PathBuf>,
+    /// The process with which it is to end.
+    pub parent: Option<u32>,
 }
 
 /// Why a monitor cannot start, or cannot go on.
@@ -163,7 +165,9 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
     let own = |doing| move |error: Errno| MonitorError::Own { doing, source: error.into() };
     match notify::sizes_fit() {
         Ok(true) => {}
-        Ok(false) => return Err(MonitorError::Notifier("its notifications have outgrown this release".into())),
+        Ok(false) => {
+            return Err(MonitorError::Notifier("its notifications have outgrown this release".into()));
+        }
         Err(error) => return Err(MonitorError::Notifier(error.to_string())),
     }
     let keys = Keys::open(&config.keys)?;
@@ -180,6 +184,11 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         needed: "CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH, CAP_SYS_CHROOT, CAP_SETUID, CAP_SETGID and CAP_SETPCAP",
         source,
     })?;
+    match config.parent.map(locum_kernel::confine::die_with_parent) {
+        Some(Ok(false)) => return Err(own("go on without the process that started it")(Errno::SRCH)),
+        Some(Err(error)) => return Err(own("tie itself to its parent")(error)),
+        _ => {}
+    }
     crash::install().map_err(own("handle crashes"))?;
     signal::handle(signal::Restart::No).map_err(own("handle SIGUSR1"))?;
     let open = |path| {
@@ -203,7 +212,10 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
 fn raise_descriptor_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     // Refused only if the hard limit changed meanwhile; then the soft one stays.
-    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let _ = rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit { current: limit.maximum, maximum: limit.maximum },
+    );
 }
 
 /// Waits until a keeper takes us.
@@ -214,7 +226,11 @@ fn connect(runtime_dir: &RuntimeDir, generation: Option<u64>) -> Result<(Connect
             Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned(), generation };
         match Connection::open(runtime_dir, &hello) {
             Ok((connection, keeper)) => {
-                tracing::info!(keeper = keeper.pid, generation = keeper.generation, "connected to the keeper");
+                tracing::info!(
+                    keeper = keeper.pid,
+                    generation = keeper.generation,
+                    "connected to the keeper"
+                );
                 return Ok((connection, keeper.generation));
             }
             Err(error) if error.is_absence() => {
@@ -256,4 +272,3 @@ fn serve(shared: &Arc<Shared>, connection: &Connection) {
         }
     }
 }
-

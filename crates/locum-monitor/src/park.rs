@@ -8,8 +8,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use locum_kernel::Errno;
 use locum_kernel::notify::CallId;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
 /// One such place, that of one slot for one listener.
@@ -78,7 +78,8 @@ impl Park {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut id = [0; 8];
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let message = rustix::net::recvmsg(&self.far, &mut [IoSliceMut::new(&mut id)], &mut control, flags).ok()?;
+        let message =
+            rustix::net::recvmsg(&self.far, &mut [IoSliceMut::new(&mut id)], &mut control, flags).ok()?;
         let file = control.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut files) => files.next(),
             _ => None,

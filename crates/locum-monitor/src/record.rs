@@ -8,50 +8,50 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// The record's version. One of another version is left untouched.
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// One session as it began.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// [`VERSION`].
-    pub version: u32,
+    pub(crate) version: u32,
     /// The boot in which the session began: nothing here means anything in another.
-    pub boot: String,
+    pub(crate) boot: String,
     /// The container's id, as the runtime gave it.
-    pub container: String,
+    pub(crate) container: String,
     /// The policy's name.
-    pub policy: String,
+    pub(crate) policy: String,
     /// The scope of its handles.
-    pub scope: String,
+    pub(crate) scope: String,
     /// The id of the key that signs them.
-    pub key: String,
+    pub(crate) key: String,
     /// The workload's first process, if it is known.
-    pub process: Option<Process>,
+    pub(crate) process: Option<Process>,
     /// The exports that were found.
-    pub exports: Vec<FoundExport>,
+    pub(crate) exports: Vec<FoundExport>,
 }
 
 /// A process, named so that no later owner of its id is taken for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
+pub(crate) struct Process {
     /// Its id in the monitor's pid namespace.
-    pub pid: u32,
+    pub(crate) pid: u32,
     /// When it started, in clock ticks since boot.
-    pub start_time: u64,
+    pub(crate) start_time: u64,
 }
 
 /// An export and the mount that it was found to be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FoundExport {
+pub(crate) struct FoundExport {
     /// Its path in the policy.
-    pub path: String,
+    pub(crate) path: String,
     /// The mount's id that is never used twice (6.8), or the other one.
-    pub mount: u64,
+    pub(crate) mount: u64,
 }
 
 /// Why a record cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub(crate) enum RecordError {
     /// The kernel's word.
     #[error("cannot {doing} the record {path}: {source}")]
     File {
@@ -63,7 +63,9 @@ pub enum RecordError {
         source: io::Error,
     },
     /// It does not hold what a record holds.
-    #[error("{path} is not a record of version {VERSION}: {found}; it was left untouched: serve this session with the release that made it, or move the file away")]
+    #[error(
+        "{path} is not a record of version {VERSION}: {found}; it was left untouched: serve this session with the release that made it, or move the file away"
+    )]
     Content {
         /// Which file.
         path: PathBuf,
@@ -74,14 +76,16 @@ pub enum RecordError {
 
 impl Record {
     /// The record at `path`; `None` if there is none of this boot.
-    pub fn read(path: &Path, boot: &str) -> Result<Option<Self>, RecordError> {
+    pub(crate) fn read(path: &Path, boot: &str) -> Result<Option<Self>, RecordError> {
         #[derive(Deserialize)]
         struct Head {
             version: u32,
         }
         let text = match fs::read(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(|source| RecordError::File { doing: "read", path: path.to_owned(), source })?,
+            text => {
+                text.map_err(|source| RecordError::File { doing: "read", path: path.to_owned(), source })?
+            }
         };
         let foreign = |found: String| RecordError::Content { path: path.to_owned(), found };
         let head: Head = serde_json::from_slice(&text).map_err(|error| foreign(error.to_string()))?;
@@ -93,7 +97,7 @@ impl Record {
     }
 
     /// Writes the record to `path`, whole or not at all.
-    pub fn write(&self, path: &Path) -> Result<(), RecordError> {
+    pub(crate) fn write(&self, path: &Path) -> Result<(), RecordError> {
         let fresh = path.with_extension("new");
         let text = serde_json::to_vec_pretty(self).map_err(io::Error::from);
         let written = text.and_then(|text| {

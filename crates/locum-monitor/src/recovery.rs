@@ -41,7 +41,9 @@ pub(crate) fn decide(left: &Left, parked: Option<OwnedFd>) -> Repair {
     }
     match CutOff::of(&left.call) {
         CutOff::Repeat => Repair::Serve,
-        CutOff::Neither => Repair::Fail(Errno::INTR, "a call that may have happened and cannot be repeated was cut off"),
+        CutOff::Neither => {
+            Repair::Fail(Errno::INTR, "a call that may have happened and cannot be repeated was cut off")
+        }
     }
 }
 
@@ -94,7 +96,15 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
         slot.installed(number);
     }
     slot.undelivered(since);
-    session.keep(Undelivered { slot, park, file, call: left.call, caller_started: left.caller_started, descriptor, since });
+    session.keep(Undelivered {
+        slot,
+        park,
+        file,
+        call: left.call,
+        caller_started: left.caller_started,
+        descriptor,
+        since,
+    });
     None
 }
 
@@ -123,7 +133,10 @@ mod tests {
     fn what_can_be_repeated_is_and_what_cannot_gets_eintr() {
         assert!(matches!(decide(&left(Stage::Receiving, OFlags::TRUNC), None), Repair::Serve));
         assert!(matches!(decide(&left(Stage::Performing, OFlags::RDONLY), None), Repair::Serve));
-        assert!(matches!(decide(&left(Stage::Performing, OFlags::TRUNC), None), Repair::Fail(Errno::INTR, _)));
+        assert!(matches!(
+            decide(&left(Stage::Performing, OFlags::TRUNC), None),
+            Repair::Fail(Errno::INTR, _)
+        ));
         for stage in [Stage::Performing, Stage::Parked, Stage::Installed, Stage::Sending] {
             let file = std::fs::File::open("/dev/null").unwrap().into();
             assert!(matches!(decide(&left(stage, OFlags::TRUNC), Some(file)), Repair::HandOver(_)));
@@ -135,7 +148,10 @@ mod tests {
         let once = Left { crashes: 1, tries: 1, ..left(Stage::Performing, OFlags::RDONLY) };
         assert!(matches!(decide(&once, None), Repair::Serve));
         assert!(matches!(decide(&Left { crashes: 2, tries: 2, ..once }, None), Repair::Fail(Errno::IO, _)));
-        assert!(matches!(decide(&Left { crashes: 0, tries: TRIES, ..once }, None), Repair::Fail(Errno::IO, _)));
+        assert!(matches!(
+            decide(&Left { crashes: 0, tries: TRIES, ..once }, None),
+            Repair::Fail(Errno::IO, _)
+        ));
         assert!(matches!(decide(&Left { crashes: 0, tries: TRIES - 1, ..once }, None), Repair::Serve));
     }
 }

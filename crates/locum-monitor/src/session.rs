@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -132,8 +131,10 @@ impl Granted {
                 ),
             }
         }
-        let exports: Vec<_> =
-            found.iter().map(|export| FoundExport { path: export.path.clone(), mount: export.unique }).collect();
+        let exports: Vec<_> = found
+            .iter()
+            .map(|export| FoundExport { path: export.path.clone(), mount: export.unique })
+            .collect();
         if !exports.is_empty() && exports != record.exports {
             record.exports = exports;
             if let Err(error) = record.write(&session.shared.folder(&session.id).join("record.json")) {
@@ -145,7 +146,12 @@ impl Granted {
 }
 
 impl Session {
-    pub(crate) fn new(id: String, granted: Option<Granted>, journal: Arc<Journal>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(
+        id: String,
+        granted: Option<Granted>,
+        journal: Arc<Journal>,
+        shared: Arc<Shared>,
+    ) -> Self {
         let session = Self {
             id,
             granted,
@@ -277,9 +283,4 @@ pub(crate) fn hung_up(listener: &Listener) -> bool {
     let fd = listener.as_fd();
     let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
     poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().contains(PollFlags::HUP)
-}
-
-/// The folder of a session in the runtime directory.
-pub(crate) fn folder(sessions: &Path, id: &str) -> std::path::PathBuf {
-    sessions.join(id)
 }

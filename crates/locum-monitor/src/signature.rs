@@ -61,13 +61,19 @@ impl Signer {
     pub(crate) fn new(keys: &Keys, key: KeyId, scope: &str, export: &str) -> Option<Self> {
         keys.secret(key)?;
         let begun = keys.all().map(|(id, secret)| {
-            (id, [Purpose::Open, Purpose::Compare].map(|purpose| {
-                let mut mac = Hmac::<Sha256>::new(&secret.0.into());
-                mac.update(purpose.version_string());
-                field(&mut mac, scope.as_bytes());
-                field(&mut mac, export.as_bytes());
-                mac
-            }))
+            (
+                id,
+                [Purpose::Open, Purpose::Compare].map(|purpose| {
+                    // A key shorter than a block is filled up with zeros, by the definition of HMAC (RFC 2104).
+                    let mut block = [0; 64];
+                    block[..secret.0.len()].copy_from_slice(&secret.0);
+                    let mut mac = Hmac::<Sha256>::new(&block.into());
+                    mac.update(purpose.version_string());
+                    field(&mut mac, scope.as_bytes());
+                    field(&mut mac, export.as_bytes());
+                    mac
+                }),
+            )
         });
         Some(Self { key, begun: begun.collect() })
     }
@@ -125,28 +131,28 @@ mod tests {
     fn what_was_signed_verifies_and_is_always_the_same() {
         let (_folder, keys) = keys();
         let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
-        let signed = signer.sign(&handle(), Purpose::Open).unwrap();
-        assert_eq!(signed.bytes().len(), 8 + TRAILER);
-        assert_eq!(signer.verify(&signed), Some(handle()));
-        assert_eq!(signer.sign(&handle(), Purpose::Open), Some(signed));
+        let made = signer.sign(&handle(), Purpose::Open).unwrap();
+        assert_eq!(made.bytes().len(), 8 + TRAILER);
+        assert_eq!(signer.verify(&made), Some(handle()));
+        assert_eq!(signer.sign(&handle(), Purpose::Open), Some(made));
     }
 
     #[test]
     fn any_flipped_bit_cut_growth_or_type_is_refused() {
         let (_folder, keys) = keys();
         let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
-        let signed = signer.sign(&handle(), Purpose::Open).unwrap();
+        let made = signer.sign(&handle(), Purpose::Open).unwrap();
         let refused = |kind, bytes: &[u8]| signer.verify(&Handle::new(kind, bytes).unwrap()).is_none();
-        for bit in 0..signed.bytes().len() * 8 {
-            let mut bytes = signed.bytes().to_vec();
+        for bit in 0..made.bytes().len() * 8 {
+            let mut bytes = made.bytes().to_vec();
             bytes[bit / 8] ^= 1 << (bit % 8);
             assert!(refused(1, &bytes), "bit {bit}");
         }
-        for len in 0..signed.bytes().len() {
-            assert!(refused(1, &signed.bytes()[..len]), "{len} bytes");
+        for len in 0..made.bytes().len() {
+            assert!(refused(1, &made.bytes()[..len]), "{len} bytes");
         }
-        assert!(refused(1, &[signed.bytes(), &[0]].concat()));
-        assert!(refused(2, signed.bytes()));
+        assert!(refused(1, &[made.bytes(), &[0]].concat()));
+        assert!(refused(2, made.bytes()));
     }
 
     #[test]

@@ -62,7 +62,9 @@ pub(crate) fn run(shared: &Shared) {
         // A worker may have been on its way into RECV when it was last interrupted.
         lock(&shared.ending).retain(|served| {
             let watches = lock(&served.watches);
-            watches.iter().for_each(|watch| drop(signal::interrupt(watch.tid)));
+            for watch in watches.iter() {
+                let _ = signal::interrupt(watch.tid);
+            }
             !watches.is_empty()
         });
         for session in shared.sessions() {
@@ -78,7 +80,8 @@ pub(crate) fn run(shared: &Shared) {
 fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) {
     let deadline = session.granted.as_ref().map_or(u64::MAX, |granted| granted.policy.limits.deadline_ms);
     let post = Post { session, served };
-    let watches: Vec<Arc<Watch>> = lock(&served.watches).iter().filter(|watch| !watch.reserve).cloned().collect();
+    let watches: Vec<Arc<Watch>> =
+        lock(&served.watches).iter().filter(|watch| !watch.reserve).cloned().collect();
     let mut all_late = !watches.is_empty();
     for watch in &watches {
         let Some((call, lasted)) = watch.busy(now) else {

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use locum_journal::{Left, Slot};
-use locum_kernel::credentials::Worker as Thread;
+use locum_kernel::credentials::{Rights, Worker as Thread};
 use locum_kernel::notify::{Answer, Notification};
 use locum_kernel::{Errno, crash};
 
 use crate::answer::Post;
 use crate::caller::Caller;
-use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::calls::Outcome;
+use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::recovery;
 use crate::session::{Served, Session, Undelivered, hung_up, lock, now_ms};
 use crate::watch::Watch;
@@ -37,7 +37,10 @@ struct Worker {
 /// Starts a worker that stands by while all others are late, so that their lateness is not everybody's.
 pub(crate) fn start_reserve(session: &Arc<Session>, served: &Arc<Served>) {
     if !served.has_reserve.swap(true, Ordering::AcqRel) {
-        tracing::error!(session = session.id, "all workers are late; further calls get EIO until one is back");
+        tracing::error!(
+            session = session.id,
+            "all workers are late; further calls get EIO until one is back"
+        );
         start_one(session, served, None, true);
     }
 }
@@ -68,11 +71,14 @@ fn start_one(session: &Arc<Session>, served: &Arc<Served>, left: Option<Slot>, r
 fn run(session: &Arc<Session>, served: &Arc<Served>, slot: Slot, reserve: bool) {
     let thread = match Thread::start() {
         Ok(thread) => thread,
-        Err(error) => return tracing::error!(session = session.id, "a worker cannot have a root of its own: {error}"),
+        Err(error) => {
+            return tracing::error!(session = session.id, "a worker cannot have a root of its own: {error}");
+        }
     };
     let watch = Arc::new(Watch::of_this_thread(reserve));
     lock(&served.watches).push(Arc::clone(&watch));
-    let mut worker = Worker { session: Arc::clone(session), served: Arc::clone(served), watch, thread, reserve };
+    let mut worker =
+        Worker { session: Arc::clone(session), served: Arc::clone(served), watch, thread, reserve };
     let sound = std::panic::catch_unwind(AssertUnwindSafe(|| worker.work(slot)));
     lock(&served.watches).retain(|watch| !Arc::ptr_eq(watch, &worker.watch));
     if reserve {
@@ -122,7 +128,8 @@ impl Worker {
                 Post { session: &self.session, served: &self.served }.send(call.id, Answer::Error(Errno::IO));
                 continue;
             }
-            let limit = self.session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
+            let limit =
+                self.session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
             if others == 0 && self.session.workers.load(Ordering::Relaxed) < limit {
                 start(&self.session, &self.served, None);
             }
@@ -173,15 +180,22 @@ impl Worker {
     }
 
     fn serve_caller(&mut self, slot: Slot, call: &Notification, caller: &Arc<Caller>) -> Result<Slot, Leave> {
+        let _turn = caller.turn();
         slot.performing(caller.started);
         let kept = RefCell::new(None);
         let done = crash::marked(slot.crash_mark(), || {
             std::panic::catch_unwind(AssertUnwindSafe(|| self.carry_out(call, caller, &kept)))
         });
-        let sound = done.is_ok();
+        // Comparing descriptors with the caller's, and meeting the next one, takes more than the handler had last.
+        let sound = done.is_ok() && self.thread.have(Rights::Full).is_ok();
         let outcome = done.unwrap_or_else(|_| {
             self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
-            tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "a handler panicked; EIO");
+            tracing::error!(
+                session = self.session.id,
+                tid = call.tid,
+                nr = call.nr,
+                "a handler panicked; EIO"
+            );
             Outcome::Fail(Errno::IO)
         });
         let post = Post { session: &self.session, served: &self.served };
@@ -222,7 +236,11 @@ impl Worker {
     /// A caller that cannot be looked at: gone, or somewhere that this monitor does not see.
     fn fail_unmet(&self, call: &Notification, error: Errno) {
         if self.served.listener.still_waits(call.id) {
-            tracing::warn!(session = self.session.id, tid = call.tid, "cannot look at the caller: {error}; EIO");
+            tracing::warn!(
+                session = self.session.id,
+                tid = call.tid,
+                "cannot look at the caller: {error}; EIO"
+            );
             self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
             let post = Post { session: &self.session, served: &self.served };
             post.send(call.id, Answer::Error(Errno::IO));

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod supervise;
 mod traffic;
 
 use std::process::ExitCode;

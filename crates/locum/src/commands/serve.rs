@@ -1,11 +1,59 @@
 //! `locum serve`.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Keeper and monitor on one machine, each restarted when it dies.
-#[derive(clap::Args)]
-pub(crate) struct Args {}
+use locum_keeper::RuntimeDir;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
-pub(crate) fn run(_args: &Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+use crate::supervise::{Options, Supervisor};
+
+/// Keeper and monitor on one machine, each started again when it dies.
+///
+/// Container runtimes deliver at oci.sock in the runtime directory (`listenerPath` in the seccomp profile that `locum profile`
+/// prints). Ends, with both, on SIGTERM or SIGINT.
+#[derive(clap::Args)]
+#[command(after_help = "Example: sudo locum serve --door 1000 --policy /etc/locum/policy.toml")]
+pub(crate) struct Args {
+    /// Where sockets, journals and single workloads' policies are.
+    #[arg(long, value_name = "DIR", env = "LOCUM_RUNTIME_DIR", default_value = "/run/locum")]
+    runtime_dir: PathBuf,
+    /// A front door of its own for the container runtimes of the user UID.
+    #[arg(long = "door", value_name = "UID")]
+    users: Vec<u32>,
+    /// The directory of keys; one key is made there if there is none.
+    #[arg(long, value_name = "DIR", default_value = "/etc/locum/keys")]
+    keys: PathBuf,
+    /// Policies beside the built-in ones; of two with one name, the later counts.
+    #[arg(long = "policy", value_name = "FILE")]
+    policies: Vec<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let found = rustix::process::geteuid();
+    anyhow::ensure!(
+        found.is_root(),
+        "locum serve starts a monitor: wanted user 0, found user {}; use sudo",
+        found.as_raw()
+    );
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    let runtime_dir = RuntimeDir::new(&args.runtime_dir);
+    if let Ok(status) = locum_keeper::client::status(&runtime_dir, false) {
+        anyhow::bail!(
+            "a keeper (pid {}) already works in {}; stop it first, or choose another --runtime-dir",
+            status.keeper.pid,
+            args.runtime_dir.display()
+        );
+    }
+    let options =
+        Options { keys: args.keys.clone(), users: args.users.clone(), policies: args.policies.clone() };
+    let supervisor = Supervisor::start(&runtime_dir, options)?;
+    println!("serving at {}", runtime_dir.front_door().display());
+    for uid in &args.users {
+        println!("serving user {uid} at {}", runtime_dir.user_door(*uid).display());
+    }
+    let _ = signals.forever().next();
+    drop(supervisor);
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! name_to_handle_at(2) and open_by_handle_at(2): signed handles for files on the session's exports.
 
-mod open;
 mod name;
+mod open;
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
@@ -56,7 +56,12 @@ impl Identity {
 }
 
 /// Carries out one call.
-pub(crate) fn carry_out(call: &Notification, caller: &Caller, grant: &Grant<'_>, bench: &mut Bench<'_>) -> Outcome {
+pub(crate) fn carry_out(
+    call: &Notification,
+    caller: &Caller,
+    grant: &Grant<'_>,
+    bench: &mut Bench<'_>,
+) -> Outcome {
     let granted = |nr: i32| {
         (call.arch == AUDIT_ARCH)
             .then(|| grant.calls.iter().find(|granted| number(**granted) == nr).copied())
@@ -67,12 +72,16 @@ pub(crate) fn carry_out(call: &Notification, caller: &Caller, grant: &Grant<'_>,
     }
     let done = match granted(call.nr) {
         None => return Outcome::Decline,
-        Some(Call::NameToHandleAt) => name::read(call, caller).and_then(|request| name::perform(&request, caller, grant, bench)),
-        Some(Call::OpenByHandleAt) => open::read(call, caller).and_then(|request| match open::permit(&request, grant) {
-            open::Verdict::Open { handle } => open::perform(&request, &handle, caller, bench),
-            open::Verdict::Fail(error) => Err(error),
-            open::Verdict::Refuse(error, why) => Ok(Outcome::Refuse(error, why)),
-        }),
+        Some(Call::NameToHandleAt) => {
+            name::read(call, caller).and_then(|request| name::perform(&request, caller, grant, bench))
+        }
+        Some(Call::OpenByHandleAt) => {
+            open::read(call, caller).and_then(|request| match open::permit(&request, grant) {
+                open::Verdict::Open { handle } => open::perform(&request, &handle, caller, bench),
+                open::Verdict::Fail(error) => Err(error),
+                open::Verdict::Refuse(error, why) => Ok(Outcome::Refuse(error, why)),
+            })
+        }
     };
     done.unwrap_or_else(Outcome::Fail)
 }

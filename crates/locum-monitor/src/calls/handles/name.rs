@@ -146,7 +146,9 @@ fn answer(
     export: &Export,
     purpose: Purpose,
 ) -> Outcome {
-    let Some(signed) = export.signer.sign(&named.handle, purpose) else { return Outcome::Fail(Errno::OPNOTSUPP) };
+    let Some(signed) = export.signer.sign(&named.handle, purpose) else {
+        return Outcome::Fail(Errno::OPNOTSUPP);
+    };
     let fits = signed.bytes().len() <= room as usize;
     let mut head = Vec::with_capacity(8 + MAX_BYTES);
     head.extend_from_slice(&length(&signed).to_ne_bytes());

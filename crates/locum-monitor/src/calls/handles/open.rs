@@ -42,16 +42,15 @@ pub(super) fn read(call: &Notification, caller: &Caller) -> Result<Request, Errn
     let [mount, handle_at, flags, ..] = call.args;
     let mut bytes = [0; HEAD + MAX_BYTES];
     let got = memory::read(call.tid, handle_at, &mut bytes)?;
-    let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or(Errno::FAULT)?;
     if got < HEAD {
         return Err(Errno::FAULT);
     }
-    let [a, b, c, d, e, f, g, h] = *head;
-    let (len, kind) = (u32::from_ne_bytes([a, b, c, d]) as usize, i32::from_ne_bytes([e, f, g, h]));
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|index| bytes[at + index]));
+    let (len, kind) = (word(0) as usize, word(4).cast_signed());
     if len == 0 || len > MAX_BYTES || kind < 0 || (kind & KIND_FLAGS != 0 && !handle::kind_known(kind)) {
         return Err(Errno::INVAL);
     }
-    let own = rest.get(..len).filter(|_| got >= HEAD + len).ok_or(Errno::FAULT)?;
+    let own = bytes.get(HEAD..HEAD + len).filter(|_| got >= HEAD + len).ok_or(Errno::FAULT)?;
     let handle = Handle::new(kind, own).ok_or(Errno::INVAL)?;
     let mount = match int(mount) {
         AT_FDCWD => own_folder(caller, c"cwd", OFlags::RDONLY)?,
