@@ -52,7 +52,12 @@ pub(crate) fn commands(to: &Path) {
 
 /// A private folder on a file system with handles, which others may enter.
 pub(crate) fn folder() -> TempDir {
-    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    folder_in("/var/tmp")
+}
+
+/// A private folder, which others may enter.
+pub(crate) fn folder_in(parent: &str) -> TempDir {
+    let folder = tempfile::tempdir_in(parent).unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     folder
 }

@@ -33,7 +33,7 @@ pub(crate) struct Counted {
 
 impl Service {
     pub(crate) fn new(runtime: Runtime) -> Self {
-        let service = Self { runtime, folder: components::folder() };
+        let service = Self { runtime, folder: components::folder_in("/dev/shm") };
         let policy = format!(
             r#"[rootless]
 calls = ["name_to_handle_at", "open_by_handle_at"]
