@@ -115,7 +115,19 @@ fn quiet(ground: &Ground, keeper: &Process) -> (usize, usize) {
         let status = ground.status();
         status["monitor"]["pid"] == monitor.pid() && status["sessions"].as_array().is_some_and(Vec::is_empty)
     });
-    (keeper.descriptors(), monitor.descriptors())
+    (settled(keeper), settled(&monitor))
+}
+
+/// How many descriptors a process has when it has closed what the last question to it opened.
+fn settled(process: &Process) -> usize {
+    let mut last = (process.descriptors(), 0);
+    until("a process that rests", || {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = process.descriptors();
+        last = (now, if now == last.0 { last.1 + 1 } else { 0 });
+        last.1 == 5
+    });
+    last.0
 }
 
 /// The whole of one variant: quiet, chaos, quiet.
@@ -176,13 +188,15 @@ fn the_keeper_is_killed_and_replaced() {
     let mut watchdog = Watchdog::new();
     let mut kills = 0;
     while !traffic.has_ended() {
-        // Now and then the monitor too: the new keeper must really hold what it was filled with.
+        // Now and then the monitor too: the new keeper must really hold what it was filled with. Only one of the two at a
+        // time: what both lose is lost.
         if kills % 5 == 4 {
             until("a filled keeper", || {
                 traffic.has_ended() || !ground.status()["sessions"].as_array().unwrap().is_empty()
             });
             monitor.kill();
             monitor = ground.monitor();
+            until("the lease of the next monitor", || ground.status()["monitor"]["pid"] == monitor.pid());
         }
         std::thread::sleep(random.micros(20_000, 300_000));
         keeper.kill();
