@@ -277,9 +277,8 @@ impl Ground {
     pub(crate) fn must_be_quiet(&self) {
         let start = Instant::now();
         while self.descriptors() != self.quiet {
-            if start.elapsed() > Duration::from_secs(10) {
-                panic!("{} descriptors at first, now {:?}\n{}", self.quiet, self.links(), self.log());
-            }
+            let is_early = start.elapsed() < Duration::from_secs(10);
+            assert!(is_early, "{} descriptors at first, now {:?}\n{}", self.quiet, self.links(), self.log());
             std::thread::sleep(Duration::from_millis(2));
         }
         assert_eq!(self.status().sessions, []);
