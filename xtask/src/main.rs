@@ -27,11 +27,22 @@ enum Command {
         #[arg(long, value_enum)]
         only: Option<test::Part>,
     },
+    /// Set up, then compare virtiofsd under locum with the privileged one
+    BenchVirtiofs,
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().command {
         Command::Setup => setup::all().map(|()| ExitCode::SUCCESS),
         Command::Test { only } => test::run(only),
+        Command::BenchVirtiofs => bench_virtiofs(),
     }
+}
+
+fn bench_virtiofs() -> anyhow::Result<ExitCode> {
+    setup::all()?;
+    let mut bench =
+        step::command("cargo", &["bench", "--quiet", "--package", "locum", "--bench", "virtiofs"]);
+    let status = bench.env("LOCUM_REAL", step::real()).status()?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -95,8 +95,11 @@ impl Site {
         self.folder.path()
     }
 
-    /// Starts the container `name` with a shell script in it. Its standard input is the container's.
-    pub(crate) fn start(&self, name: &str, script: &str) -> Container<'_> {
+    /// Starts a container with a shell script in it. Its standard input is the container's.
+    pub(crate) fn start(&self, script: &str) -> Container<'_> {
+        // runc names a control group of this machine by it.
+        let folder = self.folder.path().file_name().unwrap().to_string_lossy();
+        let name = &format!("locum{folder}");
         let mut command = self.command();
         match self.runtime {
             Runtime::Crun | Runtime::Runc => {

@@ -78,7 +78,7 @@ fn served(runtime: Runtime, handles: &str, work: Work) {
         "virtiofsd --sandbox=none --inode-file-handles={handles} --xattr --shared-dir /share --socket-path /run/socket \
          2>/run/said </dev/null && cat"
     );
-    let container = site.start("virtiofsd", &virtiofsd);
+    let container = site.start(&virtiofsd);
     let said = || std::fs::read_to_string(site.at("run/said")).unwrap_or_default();
     let (seen, kills) = while_killing(&service, || {
         until("virtiofsd's socket", || site.at("run/socket").exists());

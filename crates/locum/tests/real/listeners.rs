@@ -43,9 +43,9 @@ fn exec(runtime: Runtime) {
     let service = Service::new(runtime);
     let _serve = service.serve();
     let site = Site::new(runtime, &service.seccomp());
-    let container = site.start("exec", "mkdir /share/one /share/two && touch /run/ready && exec cat");
+    let container = site.start("mkdir /share/one /share/two && touch /run/ready && exec cat");
     until("the container", || site.at("run/ready").exists());
-    let (_, kills) = while_killing(&service, || {
+    let ((), kills) = while_killing(&service, || {
         let traffic = traffic("two", "--seconds=4");
         let mut second = container.exec(&["sh", "-c", &traffic]);
         let mut second = Process(second.stdout(Stdio::piped()).spawn().unwrap());
@@ -72,7 +72,7 @@ fn before_the_monitor(runtime: Runtime) {
     let _keeper = service.keeper();
     let site = Site::new(runtime, &service.seccomp());
     let script = format!("touch /run/ready && {}", traffic("", "--calls=2000"));
-    let container: Container<'_> = site.start("before", &script);
+    let container: Container<'_> = site.start(&script);
     until("the container", || site.at("run/ready").exists());
     until("its session", || service.counted().listeners == 1);
     assert!(service.status()["monitor"].is_null());
