@@ -106,3 +106,20 @@ fn set_file_system_id(call: libc::c_long, id: u32) -> Result<(), Errno> {
     let now = unsafe { libc::syscall(call, -1) };
     if u32::try_from(now) == Ok(id) { Ok(()) } else { Err(Errno::PERM) }
 }
+
+/// Whether the calling thread may read what `fd` refers to, with its file system ids and effective capabilities
+/// (faccessat2(2), 5.8; through a descriptor of any kind).
+pub fn may_read(fd: std::os::fd::BorrowedFd<'_>) -> bool {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: the path ends in NUL and is all that the kernel reads.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_faccessat2,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::R_OK,
+            libc::AT_EMPTY_PATH | libc::AT_EACCESS,
+        )
+    };
+    done == 0
+}

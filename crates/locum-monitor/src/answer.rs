@@ -38,7 +38,9 @@ impl Post<'_> {
             Outcome::Fail(error) => Answer::Error(error),
             Outcome::Refuse(error, why) => {
                 self.session.counters.refused().fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(session = self.session.id, tid = call.tid, nr = call.nr, "refused: {why}");
+                self.session.audit.tell(&self.session.id, || {
+                    tracing::warn!(session = self.session.id, tid = call.tid, nr = call.nr, "refused: {why}");
+                });
                 Answer::Error(error)
             }
             Outcome::Write(written, result) => match self.write(call.id, caller, &written).and(result) {
@@ -175,7 +177,12 @@ impl Post<'_> {
             }
             Err(error) => {
                 if self.served.listener.still_waits(call.id) {
-                    tracing::warn!(session = self.session.id, "cannot hand a descriptor over: {error}; EIO");
+                    self.session.audit.tell(&self.session.id, || {
+                        tracing::warn!(
+                            session = self.session.id,
+                            "cannot hand a descriptor over: {error}; EIO"
+                        );
+                    });
                     self.send(call.id, Answer::Error(Errno::IO));
                 }
                 None

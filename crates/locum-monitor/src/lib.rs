@@ -6,6 +6,7 @@
 
 mod adopt;
 mod answer;
+mod audit;
 mod caller;
 mod calls;
 mod exports;

@@ -14,6 +14,7 @@ use locum_kernel::process::Thread;
 use locum_policy::Policy;
 
 use crate::Shared;
+use crate::audit::Audit;
 use crate::caller::{Caller, Callers};
 use crate::exports::Export;
 use crate::keys::KeyId;
@@ -45,6 +46,7 @@ pub(crate) struct Session {
     pub(crate) journal: Arc<Journal>,
     pub(crate) counters: Counters,
     pub(crate) callers: Callers,
+    pub(crate) audit: Audit,
     pub(crate) workers: AtomicUsize,
     pub(crate) shared: Arc<Shared>,
     /// Listener ids that are or were served here; a slot of any other is stale.
@@ -158,6 +160,7 @@ impl Session {
             counters: Counters::of(&journal),
             journal,
             callers: Callers::default(),
+            audit: Audit::default(),
             workers: AtomicUsize::new(0),
             shared,
             served: Mutex::default(),

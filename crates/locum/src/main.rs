@@ -6,6 +6,7 @@ mod supervise;
 mod traffic;
 
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
@@ -35,12 +36,28 @@ enum Command {
     Sweep(commands::sweep::Args),
     #[command(hide = true)]
     Traffic(traffic::Args),
+    #[command(hide = true)]
+    BenchCaller(commands::bench::caller::Args),
+}
+
+/// What is logged, by this process and by those that it starts.
+pub(crate) static LOG: OnceLock<String> = OnceLock::new();
+
+/// `LOCUM_LOG`; without it, what a person at a terminal wants of a command that shows something else.
+fn log_filter(command: &Command) -> String {
+    let wanted = std::env::var("LOCUM_LOG").ok();
+    wanted.unwrap_or_else(|| match command {
+        Command::Demo(_) | Command::Bench(_) => "off".to_owned(),
+        Command::Run(_) | Command::Confined(_) => "warn".to_owned(),
+        _ => "info".to_owned(),
+    })
 }
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("LOCUM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    let done = match &Cli::parse().command {
+    let command = Cli::parse().command;
+    let log = EnvFilter::new(LOG.get_or_init(|| log_filter(&command)));
+    tracing_subscriber::fmt().with_env_filter(log).with_writer(std::io::stderr).with_target(false).init();
+    let done = match &command {
         Command::Demo(args) => commands::demo::run(args),
         Command::Run(args) => commands::run::run(args),
         Command::Serve(args) => commands::serve::run(args),
@@ -53,6 +70,7 @@ fn main() -> ExitCode {
         Command::Confined(args) => commands::confined::run(args),
         Command::Sweep(args) => commands::sweep::run(args),
         Command::Traffic(args) => traffic::run(args),
+        Command::BenchCaller(args) => commands::bench::caller::run(args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("locum: {error:#}");

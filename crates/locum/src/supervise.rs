@@ -178,6 +178,7 @@ impl Supervised {
 
     fn start(&self, name: &str) -> anyhow::Result<Running> {
         let mut command = Command::new("/proc/self/exe");
+        command.env("LOCUM_LOG", crate::LOG.get().map_or("info", String::as_str));
         command.arg(name).arg("--runtime-dir").arg(self.runtime_dir.path());
         command.args(["--parent", &std::process::id().to_string()]);
         if name == "keeper" {

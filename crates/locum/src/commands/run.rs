@@ -60,8 +60,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     confine::close_on_exec_from(3)?;
     let policy = choose_policy(&args.policy)?;
     let exports = args.exports.iter().map(|dir| mount_of(dir)).collect::<anyhow::Result<Vec<_>>>()?;
+    let user = args.user.unwrap_or_else(default_user);
+    anyhow::ensure!(user.0 != 0, "a workload as user 0 could read the keys; choose another with --user");
     let place = Place::find_or_start(&args.runtime_dir)?;
-    let workload = Workload::prepare(&place, policy, exports, args.user.unwrap_or_else(default_user))?;
+    let workload = Workload::prepare(&place, policy, exports, user)?;
     let mut child = workload.start(&args.cmd, args.interruptible, |_| {})?;
     forward(signals, &child)?;
     let status = child.wait()?;
@@ -115,17 +117,16 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    /// With exports, the workload gets a policy of its own: `policy`, but for those.
+    /// With exports, or `policy` from a file, the workload gets a policy of its own, which the monitor finds by its name.
     pub(crate) fn prepare(
         place: &Place,
         mut policy: Policy,
         exports: Vec<String>,
         user: (u32, u32),
     ) -> anyhow::Result<Self> {
-        anyhow::ensure!(user.0 != 0, "a workload as user 0 could read the keys; choose another with --user");
         let id = format!("run-{:08x}", random()?);
         let mut sweeper = None;
-        if !exports.is_empty() || !locum_policy::builtin().iter().any(|known| known.name == policy.name) {
+        if !exports.is_empty() || !locum_policy::builtin().contains(&policy) {
             if !exports.is_empty() {
                 policy.exports = exports;
             }

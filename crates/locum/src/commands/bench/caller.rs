@@ -60,7 +60,8 @@ fn measure(args: &Args) -> anyhow::Result<Times> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(&args.dir, flags, Mode::empty())
         .with_context(|| format!("cannot open {}", args.dir.display()))?;
-    let handle = name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).context("name_to_handle_at")?.handle;
+    let handle =
+        name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).context("name_to_handle_at")?.handle;
     drop(open_by_handle_at(dir.as_fd(), &handle, 0).context("open_by_handle_at")?);
     let mut times = Times::default();
     if args.floor.is_some() {
@@ -69,7 +70,8 @@ fn measure(args: &Args) -> anyhow::Result<Times> {
             Ok(())
         })?;
     }
-    let name = || name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).map(drop).context("name_to_handle_at");
+    let name =
+        || name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).map(drop).context("name_to_handle_at");
     let open = || open(&dir, &handle);
     (times.name, times.name_rate) = by_threads(args, &name)?;
     (times.open, times.open_rate) = by_threads(args, &open)?;
@@ -80,7 +82,10 @@ fn open(dir: &std::os::fd::OwnedFd, handle: &Handle) -> anyhow::Result<()> {
     open_by_handle_at(dir.as_fd(), handle, 0).map(drop).context("open_by_handle_at")
 }
 
-fn by_threads(args: &Args, work: &(dyn Fn() -> anyhow::Result<()> + Sync)) -> anyhow::Result<(Vec<u64>, f64)> {
+fn by_threads(
+    args: &Args,
+    work: &(dyn Fn() -> anyhow::Result<()> + Sync),
+) -> anyhow::Result<(Vec<u64>, f64)> {
     let ready = Barrier::new(args.threads);
     let start = Instant::now();
     let all = std::thread::scope(|scope| {

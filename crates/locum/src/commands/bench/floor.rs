@@ -12,7 +12,8 @@ use locum_kernel::filter::{Filter, Wait};
 use locum_kernel::notify::Listener;
 use locum_kernel::{Errno, arch};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
 };
 
 use super::caller::Times;
