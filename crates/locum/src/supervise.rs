@@ -69,11 +69,6 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// The keeper's process id, if it lives.
-    pub(crate) fn keeper_pid(&self) -> Option<u32> {
-        Some(self.pids[0].load(Ordering::Acquire)).filter(|pid| *pid != 0)
-    }
-
     /// The monitor's process id, if it lives.
     pub(crate) fn monitor_pid(&self) -> Option<u32> {
         Some(self.pids[1].load(Ordering::Acquire)).filter(|pid| *pid != 0)
