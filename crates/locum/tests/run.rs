@@ -123,6 +123,18 @@ fn the_command_is_served() {
 }
 
 #[test]
+fn a_policy_file_counts_even_with_a_built_in_name() {
+    let files = common::files();
+    let path = files.path().to_str().unwrap();
+    let policies = tempfile::tempdir().unwrap();
+    let policy = policies.path().join("policy.toml");
+    std::fs::write(&policy, format!("[virtiofsd]\nexports = [{path:?}]\nscope = \"mine\"\n")).unwrap();
+    let traffic = ["/proc/self/exe", "traffic", "--dir", path, "--threads", "1", "--calls", "100"];
+    let out = run(&["--policy", policy.to_str().unwrap()], &traffic).output().unwrap();
+    assert!(out.status.success(), "{}", text(&out.stderr));
+}
+
+#[test]
 fn a_living_keeper_is_used_and_left_alone() {
     let ground = Ground::new();
     let keeper = ground.keeper();
