@@ -50,6 +50,10 @@ pub(crate) fn adopt(shared: &Arc<Shared>, delivery: Delivery, listener: Listener
         Ok(session) => session,
         Err(error) => return tracing::error!(session = id, "not served, its calls wait: {error}"),
     };
+    // Told anew, after a reconnect to the same keeper.
+    if lock(&session.served).contains_key(&delivery.listener.0) {
+        return;
+    }
     let served = Arc::new(Served::new(delivery, listener, parks));
     lock(&session.served).insert(served.id(), Arc::clone(&served));
     recovery::adopt(&session, &served);
