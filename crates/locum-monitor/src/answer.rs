@@ -10,7 +10,7 @@ use locum_kernel::notify::{Answer, CallId, Notification};
 use rustix::fs::OFlags;
 
 use crate::caller::Caller;
-use crate::calls::{CutOff, Outcome, Written};
+use crate::calls::{CutOff, Outcome, Written, int};
 use crate::session::{Served, Session, Undelivered, now_ms};
 
 /// Delivers to the callers of one listener.
@@ -107,10 +107,10 @@ impl Post<'_> {
     ) -> Option<Slot> {
         let park = match self.served.park(slot.index(), &self.session.shared) {
             Ok(park) => park,
-            Err(error) => return self.give_up(slot, call, error),
+            Err(error) => return Some(self.give_up(slot, call, error)),
         };
         if let Err(error) = park.put(call.id, file.as_fd()) {
-            return self.give_up(slot, call, error);
+            return Some(self.give_up(slot, call, error));
         }
         slot.parked();
         let there = kept.as_ref().and_then(|kept| kept.descriptor);
@@ -138,12 +138,12 @@ impl Post<'_> {
         let call = &left.call;
         let park = match self.served.park(slot.index(), &self.session.shared) {
             Ok(park) => park,
-            Err(error) => return self.give_up(slot, call, error),
+            Err(error) => return Some(self.give_up(slot, call, error)),
         };
         let number = match find(left, caller, &file) {
             Ok(Some(number)) => Ok(number),
             Ok(None) => {
-                let flags = OFlags::from_bits_retain(call.args[2] as u32);
+                let flags = OFlags::from_bits_retain(int(call.args[2]).cast_unsigned());
                 self.served.listener.add_descriptor(call.id, file.as_fd(), flags.contains(OFlags::CLOEXEC))
             }
             Err(error) => Err(error),
@@ -207,11 +207,11 @@ impl Post<'_> {
         None
     }
 
-    fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Option<Slot> {
+    fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Slot {
         tracing::error!(session = self.session.id, "cannot park a file: {error}; EIO");
         self.send(call.id, Answer::Error(Errno::IO));
         slot.settle();
-        Some(slot)
+        slot
     }
 }
 

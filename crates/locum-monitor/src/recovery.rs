@@ -52,6 +52,8 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     let (waiting, over): (Vec<Slot>, Vec<Slot>) = Slot::take_left(&session.journal, served.id())
         .into_iter()
         .partition(|slot| slot.call_id().is_some_and(|id| served.listener.still_waits(id)));
+    // A monitor that died between settling a slot and emptying its park left a file there, which would stay for ever.
+    served.clear_parks(|index| !waiting.iter().chain(&over).any(|slot| slot.index() == index));
     for slot in over {
         if let Some(slot) = keep_withdrawn(session, served, slot, &waiting) {
             slot.settle();

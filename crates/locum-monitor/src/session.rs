@@ -258,6 +258,11 @@ impl Served {
         Ok(park)
     }
 
+    /// Closes what waits in the parks of those slots.
+    pub(crate) fn clear_parks(&self, of: impl Fn(u32) -> bool) {
+        lock(&self.parks).iter().filter(|(slot, _)| of(**slot)).for_each(|(_, park)| park.clear());
+    }
+
     /// All parks, as copies for a keeper.
     pub(crate) fn parks(&self) -> std::io::Result<Vec<client::Park>> {
         lock(&self.parks).iter().map(|(slot, park)| copy(*slot, park)).collect()

@@ -5,6 +5,7 @@
 mod error;
 mod file;
 mod policy;
+pub mod profile;
 
 mod scope;
 mod state;

@@ -55,6 +55,6 @@ impl CutOff {
 
 /// An argument that the kernel declares as an int: only its lower half counts.
 #[expect(clippy::cast_possible_truncation, reason = "as the kernel does")]
-fn int(argument: u64) -> i32 {
+pub(crate) fn int(argument: u64) -> i32 {
     (argument as u32).cast_signed()
 }
