@@ -1,7 +1,7 @@
 //! A workload as locum knows it.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -12,6 +12,7 @@ use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, Notification};
 use locum_kernel::process::Thread;
 use locum_policy::Policy;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Shared;
 use crate::audit::Audit;
@@ -287,8 +288,15 @@ pub(crate) fn now_ms() -> u64 {
 
 /// Whether the listener's last user is gone.
 pub(crate) fn hung_up(listener: &Listener) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let fd = listener.as_fd();
-    let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
-    poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().contains(PollFlags::HUP)
+    told(listener, PollFlags::empty(), PollFlags::HUP)
+}
+
+/// Whether a call waits to be received.
+pub(crate) fn is_queued(listener: &Listener) -> bool {
+    told(listener, PollFlags::IN, PollFlags::IN)
+}
+
+fn told(listener: &Listener, asked: PollFlags, wanted: PollFlags) -> bool {
+    let mut polled = [PollFd::new(listener, asked)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(wanted)
 }

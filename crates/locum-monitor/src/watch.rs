@@ -12,8 +12,10 @@ use crate::answer::Post;
 use crate::session::{Served, Session, lock, now_ms};
 use crate::worker;
 
-/// How often it looks.
-const TICK: Duration = Duration::from_millis(50);
+/// How often it looks while calls are in the making: so long may a slow call delay others.
+const TICK: Duration = Duration::from_millis(5);
+/// How often it looks when there are none.
+const QUIET_TICK: Duration = Duration::from_millis(50);
 /// After so many milliseconds it is asked whether the caller still waits, so that a worker does not block for a dead one.
 const PATIENCE_MS: u64 = 100;
 
@@ -56,8 +58,10 @@ impl Watch {
 
 /// Looks after all sessions, for ever.
 pub(crate) fn run(shared: &Shared) {
+    let mut busy = false;
     loop {
-        std::thread::sleep(TICK);
+        std::thread::sleep(if busy { TICK } else { QUIET_TICK });
+        busy = false;
         let now = now_ms();
         // A worker may have been on its way into RECV when it was last interrupted.
         lock(&shared.ending).retain(|served| {
@@ -71,13 +75,15 @@ pub(crate) fn run(shared: &Shared) {
             session.expire(now);
             let served: Vec<Arc<Served>> = lock(&session.served).values().cloned().collect();
             for served in served {
-                look_at(&session, &served, now);
+                busy |= look_at(&session, &served, now);
+                worker::grow(&session, &served);
             }
         }
     }
 }
 
-fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) {
+/// Returns whether any worker is about a call.
+fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) -> bool {
     let deadline = session.granted.as_ref().map_or(u64::MAX, |granted| granted.policy.limits.deadline_ms);
     let post = Post { session, served };
     let watches: Vec<Arc<Watch>> =
@@ -107,4 +113,5 @@ fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) {
     if all_late {
         worker::start_reserve(session, served);
     }
+    watches.iter().any(|watch| watch.busy(now).is_some())
 }

@@ -1,5 +1,6 @@
 //! The threads that serve a listener. Each receives into a slot of its own, carries the call out and answers it. There is
-//! always one more than is busy, up to the session's limit, so that a slow call delays no other.
+//! one, and one more whenever a call is found waiting with nobody to receive it, up to the session's limit: the answer to a
+//! lone caller comes from the worker that it woke, and a slow call delays others by one look of the watch at most.
 
 use std::cell::RefCell;
 use std::panic::AssertUnwindSafe;
@@ -16,7 +17,7 @@ use crate::caller::Caller;
 use crate::calls::Outcome;
 use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::recovery;
-use crate::session::{Served, Session, Undelivered, hung_up, lock, now_ms};
+use crate::session::{Served, Session, Undelivered, hung_up, is_queued, lock, now_ms};
 use crate::watch::Watch;
 
 /// After so many milliseconds without a new worker, those that are too many leave.
@@ -42,6 +43,16 @@ pub(crate) fn start_reserve(session: &Arc<Session>, served: &Arc<Served>) {
             "all workers are late; further calls get EIO until one is back"
         );
         start_one(session, served, None, true);
+    }
+}
+
+/// Starts one more worker if calls wait with nobody to receive them, and the session may have one.
+pub(crate) fn grow(session: &Arc<Session>, served: &Arc<Served>) {
+    let limit = session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
+    let is_short =
+        served.idle.load(Ordering::Acquire) == 0 && session.workers.load(Ordering::Relaxed) < limit;
+    if is_short && is_queued(&served.listener) {
+        start(session, served, None);
     }
 }
 
@@ -127,11 +138,6 @@ impl Worker {
                 self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
                 Post { session: &self.session, served: &self.served }.send(call.id, Answer::Error(Errno::IO));
                 continue;
-            }
-            let limit =
-                self.session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
-            if others == 0 && self.session.workers.load(Ordering::Relaxed) < limit {
-                start(&self.session, &self.served, None);
             }
             match self.serve(slot, &call) {
                 Ok(next) => slot = next,
