@@ -66,7 +66,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    /// `seccomp` is the section of the OCI configuration.
+    /// `seccomp` is the profile, as the runtime wants it.
     pub(crate) fn new(runtime: Runtime, seccomp: &Value) -> Self {
         let site = Self { runtime, folder: components::folder() };
         root_file_system(&site.at("root"));

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::rand::{GetRandomFlags, getrandom};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::common::{Process, locum, until};
@@ -93,21 +93,15 @@ o_path = "fast"
         }
     }
 
-    /// The seccomp section of the containers.
+    /// The seccomp profile of the containers, made from the runtime's default one.
     pub(crate) fn seccomp(&self) -> Value {
-        let policy = if self.runtime.user() == 0 { "virtiofsd" } else { "rootless" };
-        let mut seccomp = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "architectures": ["SCMP_ARCH_X86_64"],
-            "listenerPath": self.door(),
-            "listenerMetadata": format!("policy={policy}"),
-            "syscalls": [{"names": ["name_to_handle_at", "open_by_handle_at"], "action": "SCMP_ACT_NOTIFY"}],
-        });
-        // runc refuses any flag; with podman this is the case that a signal can take a call back.
-        if self.runtime == Runtime::Crun {
-            seccomp["flags"] = json!(["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]);
-        }
-        seccomp
+        let mut profile = locum(&["profile", "--runtime", self.runtime.name(), "--runtime-dir"]);
+        profile.arg(self.at("runtime"));
+        match self.runtime.user() {
+            0 => profile.arg("virtiofsd"),
+            user => profile.args(["--door", &user.to_string()]).arg(self.at("policy.toml")),
+        };
+        serde_json::from_str(&components::run(&mut profile)).unwrap()
     }
 
     pub(crate) fn status(&self) -> Value {
