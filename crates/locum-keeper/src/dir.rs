@@ -1,7 +1,7 @@
 //! Where everything is.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The runtime directory: sockets, journals, policies of `locum run`. On a tmpfs.
@@ -49,12 +49,19 @@ impl RuntimeDir {
         self.0.join("policies")
     }
 
-    /// Makes what is missing: rootless users must reach their doors, nobody but root the rest.
+    /// Makes what is missing: rootless users must reach their doors, nobody but root the rest. A directory in which others
+    /// could put things is refused.
     pub fn prepare(&self) -> io::Result<()> {
-        if !self.0.is_dir() {
-            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0)?;
+        let found = std::fs::metadata(&self.0)?;
+        let (owner, us) = (found.uid(), rustix::process::geteuid().as_raw());
+        if owner != us || found.mode() & 0o022 != 0 {
+            let mode = found.mode() & 0o7777;
+            return Err(io::Error::other(format!(
+                "wanted a directory of user {us} that no other may write to, found one of user {owner} with mode {mode:o}"
+            )));
         }
-        // Whatever the umask, and also if it was made by someone else, as temporary directories are.
+        // Whatever the umask; and temporary directories are 0700.
         std::fs::set_permissions(&self.0, PermissionsExt::from_mode(0o755))?;
         for path in [self.sessions(), self.policies()] {
             match std::fs::DirBuilder::new().mode(0o700).create(path) {

@@ -215,7 +215,9 @@ impl Keeper {
         }
     }
 
-    fn accept(&mut self, socket: impl AsFd) -> Option<(OwnedFd, socket::Peer)> {
+    /// At a door, or at the control socket.
+    fn accept(&mut self, door: Option<usize>) -> Option<(OwnedFd, socket::Peer)> {
+        let socket = door.map_or(&self.sockets.control, |index| &self.sockets.doors[index].1);
         match rustix::net::accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(accepted) => socket::peer(&accepted).ok().map(|peer| (accepted, peer)),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -234,8 +236,7 @@ impl Keeper {
     }
 
     fn accept_arrival(&mut self, index: usize) {
-        let Ok(socket) = self.sockets.doors[index].1.try_clone() else { return };
-        let Some((accepted, peer)) = self.accept(socket) else { return };
+        let Some((accepted, peer)) = self.accept(Some(index)) else { return };
         let door = &mut self.doors[index];
         let peer = Peer { uid: peer.uid, gid: peer.gid, pid: peer.pid };
         if peer.uid != door.owner {
@@ -334,8 +335,7 @@ impl Keeper {
     }
 
     fn accept_client(&mut self) {
-        let Ok(socket) = self.sockets.control.try_clone() else { return };
-        let Some((accepted, peer)) = self.accept(socket) else { return };
+        let Some((accepted, peer)) = self.accept(None) else { return };
         if peer.uid != 0 && peer.uid != self.owner {
             return tracing::warn!(uid = peer.uid, pid = peer.pid, "refused at keeper.sock: not root");
         }
@@ -373,7 +373,7 @@ impl Keeper {
 
     fn lease(&mut self, session: &SessionId, monitor: MonitorId) {
         let Some(client) = self.clients.of(monitor) else { return };
-        self.registry.of(session).for_each(|listener| client.lease(listener));
+        self.registry.of(session).iter().for_each(|listener| client.lease(*listener));
     }
 
     fn flush(&mut self) {

@@ -167,7 +167,8 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
-    /// Takes the client `id` as a monitor: one that was lost from sight, or a new one.
+    /// Takes the client `id` as a monitor: one that is known already, by an older connection, or a new one. A process is one
+    /// monitor; its newest connection is told.
     pub(crate) fn welcome(
         &mut self,
         id: ClientId,
@@ -178,10 +179,10 @@ impl Clients {
         let client = self.all.get_mut(&id)?;
         let process = process_of(client);
         let pid = if client.peer.pid == 0 { pid } else { client.peer.pid };
-        let lost = self.monitors.iter().find(|(_, monitor)| {
-            monitor.client.is_none() && monitor.pid == pid && monitor.process.is_some() && !monitor.is_dead()
-        });
-        let monitor = lost.map_or_else(|| self.next + 1, |(id, _)| *id);
+        let is_same =
+            |monitor: &Monitor| monitor.pid == pid && monitor.process.is_some() && !monitor.is_dead();
+        let known = self.monitors.iter().find(|(_, monitor)| is_same(monitor));
+        let monitor = known.map_or_else(|| self.next + 1, |(id, _)| *id);
         self.next = self.next.max(monitor);
         self.generation = self.generation.max(generation.unwrap_or(self.generation + 1));
         let generation = generation.unwrap_or(self.generation);

@@ -33,6 +33,7 @@ struct Session {
     pid: u32,
     /// Of its first delivery.
     sequence: u64,
+    listeners: Vec<ListenerId>,
 }
 
 /// Both ends of a park.
@@ -79,6 +80,9 @@ impl Registry {
             let listener = Rc::new(OwnedFd::from(listener));
             self.listeners.insert(id, Held { delivery, listener, parks: BTreeMap::new() });
             admitted.push(id);
+            if let Some(session) = self.sessions.get_mut(&session) {
+                session.listeners.push(id);
+            }
         }
         Ok((session, admitted))
     }
@@ -91,7 +95,10 @@ impl Registry {
         }
         #[expect(clippy::cast_possible_truncation, reason = "half of it is random enough")]
         let id = SessionId::new(&key.container, random()? as u32);
-        self.sessions.insert(id.clone(), Session { key, pid: state.pid(), sequence: self.sequence });
+        self.sessions.insert(
+            id.clone(),
+            Session { key, pid: state.pid(), sequence: self.sequence, listeners: Vec::new() },
+        );
         Ok(id)
     }
 
@@ -107,12 +114,14 @@ impl Registry {
             key: Key::of(delivery.door, delivery.peer, state),
             pid: state.pid(),
             sequence: delivery.sequence,
+            listeners: Vec::new(),
         };
         let session = self.sessions.entry(delivery.session.clone()).or_insert_with(new);
         if state.is_start() {
             // The first process is the one that came with the start, in whatever order they are handed over.
             (session.pid, session.sequence) = (state.pid(), delivery.sequence);
         }
+        session.listeners.push(delivery.listener);
         let held = Held { listener: Rc::new(listener), parks: BTreeMap::new(), delivery };
         self.listeners.insert(held.delivery.listener, held);
     }
@@ -126,20 +135,19 @@ impl Registry {
 
     /// Lets go of a listener. Returns its session, and whether that is over.
     pub(crate) fn end(&mut self, listener: ListenerId) -> Option<(SessionId, bool)> {
-        let session = self.listeners.remove(&listener)?.delivery.session;
-        let is_over = self.of(&session).next().is_none();
+        let id = self.listeners.remove(&listener)?.delivery.session;
+        let session = self.sessions.get_mut(&id)?;
+        session.listeners.retain(|other| *other != listener);
+        let is_over = session.listeners.is_empty();
         if is_over {
-            self.sessions.remove(&session);
+            self.sessions.remove(&id);
         }
-        Some((session, is_over))
+        Some((id, is_over))
     }
 
     /// The listeners of a session.
-    pub(crate) fn of<'a>(&'a self, session: &'a SessionId) -> impl Iterator<Item = ListenerId> + 'a {
-        self.listeners
-            .values()
-            .filter(|held| held.delivery.session == *session)
-            .map(|held| held.delivery.listener)
+    pub(crate) fn of(&self, session: &SessionId) -> &[ListenerId] {
+        self.sessions.get(session).map_or(&[], |session| &session.listeners)
     }
 
     /// What is held for `door`.
@@ -158,7 +166,7 @@ impl Registry {
             container: session.key.container.clone(),
             metadata: session.key.metadata.clone(),
             pid: session.pid,
-            listeners: self.of(id).count(),
+            listeners: session.listeners.len(),
         };
         self.sessions.iter().map(report).collect()
     }

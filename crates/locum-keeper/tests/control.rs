@@ -12,6 +12,7 @@ use common::{
     until,
 };
 use locum_keeper::client::Event;
+use locum_keeper::protocol::{Delivery, Door, ListenerId, Peer};
 use locum_keeper::{SocketError, Sockets};
 use rustix::fs::{CWD, Mode};
 
@@ -90,8 +91,14 @@ fn a_monitor_that_lives_keeps_its_leases_without_a_connection() {
     until("the old connection's end", || ground.status().monitor.unwrap().pid == std::process::id());
     let again = ground.monitor();
     assert_eq!(next_lease(&again).0, delivery, "told anew");
-    drop((workload, standby, again));
-    ground.await_log("over session=");
+    // The same process, whether or not its old connection is closed yet.
+    let newest = ground.monitor();
+    assert_eq!(next_lease(&newest).0, delivery);
+    drop(again);
+    let second = ground.container("d");
+    next_lease(&newest);
+    drop((workload, second, standby, newest));
+    ground.must_be_quiet();
 }
 
 #[test]
@@ -119,7 +126,7 @@ fn a_new_keeper_is_filled_by_a_living_monitor() {
     let (joined, ..) = next_lease(&second);
     assert_eq!(joined.session, delivery.session);
     assert!(joined.sequence > delivery.sequence);
-    // This process lives, so it is told all that the keeper has; a monitor after it would be the eighth.
+    // This process lives, so it is told all that the keeper has.
     drop(second);
     let (third, _) = ground.monitor_of(Some(7));
     let mut leases = [next_lease(&third), next_lease(&third)];
@@ -130,7 +137,6 @@ fn a_new_keeper_is_filled_by_a_living_monitor() {
     for park in &parks {
         assert_eq!(parked(park), park.slot.to_le_bytes());
     }
-    assert_eq!(ground.monitor_of(None).1, 8);
     drop((workload, exec, parks));
     let mut ended = [next_end(&third), next_end(&third)];
     ended.sort();
@@ -138,23 +144,30 @@ fn a_new_keeper_is_filled_by_a_living_monitor() {
     wanted.sort();
     assert_eq!(ended, wanted);
     drop((listener, third));
+    assert_eq!(ground.monitor_of(None).1, 8);
 }
 
 #[test]
 fn what_another_holds_cannot_be_taken_by_filling() {
     let ground = Ground::new();
-    let holder = ground.monitor();
-    let workload = ground.container("c");
-    let (delivery, listener, _) = next_lease(&holder);
+    let holder = ground.mortal_monitor();
+    let (workload, listener) = Workload::new();
+    ground.deliver(&state("c", "creating"), &listener);
+    let id = ListenerId(holder.hear("LEASED").parse().unwrap());
+    let delivery = Delivery {
+        session: ground.status().sessions[0].id.clone(),
+        listener: id,
+        door: Door::Root,
+        peer: Peer { uid: 0, gid: 0, pid: 0 },
+        state: state("c", "creating"),
+        sequence: 1,
+    };
     let other = ground.monitor();
     other.fill(&delivery, &listener, &[]).unwrap();
     ground.await_log("a fill of what another monitor holds is not taken");
-    other.park(delivery.listener, &park(0, b"")).unwrap();
+    other.park(id, &park(0, b"")).unwrap();
     ground.await_log("a park for what another monitor holds is not taken");
-    drop(listener);
-    drop(workload);
-    assert_eq!(next_end(&holder), delivery.listener);
-    drop((holder, other));
+    drop((listener, workload, holder, other));
     ground.must_be_quiet();
 }
 
@@ -235,4 +248,23 @@ fn who_waits_for_a_monitor_is_answered_when_it_comes() {
     assert_eq!(waiting.join().unwrap().monitor.unwrap().generation, 1);
     drop(monitor);
     ground.must_be_quiet();
+}
+
+#[test]
+fn a_directory_in_which_others_can_write_is_refused() {
+    let temporary = tempfile::tempdir().unwrap();
+    let refused = |mode, owner| {
+        let fresh = temporary.path().join("dir");
+        std::fs::create_dir(&fresh).unwrap();
+        std::fs::set_permissions(&fresh, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        std::os::unix::fs::chown(&fresh, Some(owner), None).unwrap();
+        let bound = Sockets::bind(&locum_keeper::RuntimeDir::new(&fresh), &[]);
+        std::fs::remove_dir_all(&fresh).unwrap();
+        bound.err().map(|error| error.to_string())
+    };
+    assert_eq!(refused(0o700, 0), None);
+    for (mode, owner) in [(0o1777, 0), (0o775, 0), (0o755, USER)] {
+        let error = refused(mode, owner).unwrap();
+        assert!(error.contains("that no other may write to, found one of user"), "{error}");
+    }
 }

@@ -71,7 +71,7 @@ impl Keeper {
             // Closed before anyone else is told: if it lives, it must know.
             drop(client);
             if let Some(known) = self.clients.monitors.get_mut(&monitor) {
-                known.client = None;
+                known.client.take_if(|client| *client == id);
             }
             self.depart(monitor);
         }

@@ -69,7 +69,7 @@ fn monitor(dir: &Path) {
     println!("\nCONNECTED");
     while let Ok(Event::Lease { delivery, .. }) = connection.receive() {
         connection.park(delivery.listener, &park(3, b"parked")).unwrap();
-        println!("\nLEASED");
+        println!("\nLEASED {}", delivery.listener.0);
     }
 }
 
@@ -129,10 +129,15 @@ impl Process {
         self.child.wait().unwrap();
     }
 
-    /// Waits until it says `word`.
-    pub(crate) fn hear(&self, word: &str) {
+    /// Waits until it says `word`, and returns what it says with it.
+    pub(crate) fn hear(&self, word: &str) -> String {
         let said = self.said.as_ref().unwrap();
-        while said.recv_timeout(Duration::from_secs(10)).expect(word) != word {}
+        loop {
+            let line = said.recv_timeout(Duration::from_secs(10)).expect(word);
+            if let Some(rest) = line.strip_prefix(word) {
+                return rest.trim().to_owned();
+            }
+        }
     }
 }
 
