@@ -143,7 +143,7 @@ impl Worker {
                 Ok(next) => slot = next,
                 Err(leave) => return leave,
             }
-            if others > 1 && self.is_calm() {
+            if others > 0 && self.is_calm() {
                 slot.settle();
                 return Leave::ForGood;
             }
@@ -156,7 +156,7 @@ impl Worker {
             return true;
         }
         match error {
-            Errno::INTR => others > 1 && self.is_calm(),
+            Errno::INTR => others > 0 && self.is_calm(),
             // A caller that went away, or (6.11) the last of them.
             Errno::NOENT => hung_up(&self.served.listener),
             error => {

@@ -6,7 +6,7 @@ use locum_kernel::credentials::Rights;
 use locum_kernel::handle::{self, Handle, MAX_BYTES};
 use locum_kernel::notify::Notification;
 use locum_kernel::{Errno, memory};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 
 use super::super::{Outcome, int};
 use super::{Bench, Caller, Grant, Identity, own_folder, reopen};
@@ -56,18 +56,27 @@ pub(super) fn read(call: &Notification, caller: &Caller) -> Result<Request, Errn
         AT_FDCWD => own_folder(caller, c"cwd", OFlags::RDONLY)?,
         fd => caller.thread.descriptor(fd)?,
     };
-    if rustix::fs::fcntl_getfl(&mount)?.contains(OFlags::PATH) {
-        return Err(Errno::BADF);
-    }
     let mount_id = mount_id(&mount)?;
     Ok(Request { mount, mount_id, handle, flags: OFlags::from_bits_retain(int(flags).cast_unsigned()) })
 }
 
+/// What is no descriptor to open on is told before the handle is looked at, as the kernel does; for a good handle the kernel
+/// tells it itself.
+fn refuse(request: &Request, error: Errno, why: Option<&'static str>) -> Verdict {
+    match (rustix::fs::fcntl_getfl(&request.mount), why) {
+        (Ok(flags), _) if flags.contains(OFlags::PATH) => Verdict::Fail(Errno::BADF),
+        (_, Some(why)) => Verdict::Refuse(error, why),
+        (_, None) => Verdict::Fail(error),
+    }
+}
+
 pub(super) fn permit(request: &Request, grant: &Grant<'_>) -> Verdict {
-    let Some(export) = grant.export_on(request.mount_id) else { return Verdict::Fail(Errno::STALE) };
+    let Some(export) = grant.export_on(request.mount_id) else { return refuse(request, Errno::STALE, None) };
     match export.signer.verify(&request.handle) {
         Some(handle) => Verdict::Open { handle },
-        None => Verdict::Refuse(Errno::STALE, "a handle that this session was not given for this export"),
+        None => {
+            refuse(request, Errno::STALE, Some("a handle that this session was not given for this export"))
+        }
     }
 }
 
@@ -102,6 +111,20 @@ pub(super) fn perform(
         request.flags - OFlags::NOFOLLOW
     };
     bench.worker.act_as(&ids)?;
-    let file = reopen(bench, &found, flags)?;
+    let file = match kind {
+        FileType::Directory => open_directory(bench, &found, flags)?,
+        _ => reopen(bench, &found, flags)?,
+    };
     Ok(Outcome::Give { file, close_on_exec })
+}
+
+/// A directory is its own ".", which is the shorter way; but that way asks for the right to search it, which opening does not.
+fn open_directory(bench: &Bench<'_>, found: &OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+    if flags.intersects(OFlags::CREATE | OFlags::TMPFILE.difference(OFlags::DIRECTORY)) {
+        return reopen(bench, found, flags);
+    }
+    match rustix::fs::openat(found, c".", flags | OFlags::CLOEXEC, Mode::empty()) {
+        Err(Errno::ACCESS) => reopen(bench, found, flags),
+        opened => opened,
+    }
 }

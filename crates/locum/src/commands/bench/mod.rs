@@ -135,6 +135,9 @@ impl Setup {
     fn make(dir: &Path) -> anyhow::Result<Self> {
         let export = tempfile::Builder::new().prefix("locum-bench-").tempdir_in(dir)?;
         std::fs::set_permissions(export.path(), PermissionsExt::from_mode(0o755))?;
+        // Most of what a workload names is its own.
+        let (uid, gid) = default_user();
+        std::os::unix::fs::chown(export.path(), Some(uid), Some(gid))?;
         // The caller, an ordinary user, may not be able to reach this program where it is.
         let program = export.path().join("locum");
         std::fs::copy("/proc/self/exe", &program)?;
