@@ -100,6 +100,34 @@ mod tests {
     }
 
     #[test]
+    fn whatever_a_parser_takes_ends_where_the_scanner_says() {
+        let pieces = ["{", "}", "{}", "[", "]", "\"a\":", "\"}\\\"{\"", "\"\\\\\"", ",", "1", " ", "\n"];
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = |below: usize| {
+            // xorshift64: only variety is wanted.
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            usize::try_from(random >> 33).unwrap() % below
+        };
+        let mut whole = 0;
+        for _ in 0..200_000 {
+            let text: String =
+                ["{"].into_iter().chain((0..next(10)).map(|_| pieces[next(pieces.len())])).collect();
+            let mut parser = serde_json::Deserializer::from_str(&text).into_iter::<serde::de::IgnoredAny>();
+            if let Some(Ok(_)) = parser.next() {
+                whole += 1;
+                assert_eq!(
+                    Scanner::default().end(text.as_bytes()).unwrap(),
+                    Some(parser.byte_offset()),
+                    "{text}"
+                );
+            }
+        }
+        assert!(whole > 1000, "only {whole} were JSON");
+    }
+
+    #[test]
     fn what_is_no_object_is_known_by_its_first_byte() {
         for text in ["x", "  5", "\"{\"", "}", "\0"] {
             assert!(Scanner::default().end(text.as_bytes()).is_err(), "{text:?}");

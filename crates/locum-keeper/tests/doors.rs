@@ -153,6 +153,23 @@ fn of_two_hundred_descriptors_the_named_one_is_kept() {
 }
 
 #[test]
+fn two_listeners_in_one_message_are_one_session() {
+    let ground = Ground::new();
+    let monitor = ground.monitor();
+    let ((one, first), (two, second)) = (Workload::new(), Workload::new());
+    let text = state("both", "creating").replace(r#"[ "seccompFd" ]"#, r#"[ "seccompFd", "seccompFd" ]"#);
+    send(&ground.door(), text.as_bytes(), &[first.as_fd(), second.as_fd()]);
+    let deliveries = [next_lease(&monitor).0, next_lease(&monitor).0];
+    assert_eq!(deliveries[0].session, deliveries[1].session);
+    assert_ne!(deliveries[0].listener, deliveries[1].listener);
+    drop((one, first));
+    next_end(&monitor);
+    assert_eq!(ground.status().sessions[0].listeners, 1);
+    drop((two, second, monitor));
+    ground.must_be_quiet();
+}
+
+#[test]
 fn a_bad_sender_costs_only_its_own_connection() {
     let ground = Ground::new();
     let monitor = ground.monitor();
