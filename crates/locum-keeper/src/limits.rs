@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::protocol::Door;
 
+/// How much of a container's id and of its metadata is reported.
+pub(crate) const LONGEST_NAME: usize = 256;
 /// The longest message of a runtime, in bytes.
 pub(crate) const LONGEST_STATE: usize = 1 << 20;
 /// How long it may take from its first byte to its last. Before the first, a runtime may wait as long as it likes: crun connects

@@ -8,7 +8,7 @@ use locum_kernel::Errno;
 use locum_kernel::notify::Listener;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::limits::Use;
+use crate::limits::{LONGEST_NAME, Use};
 use crate::protocol::{Delivery, Door, ListenerId, Peer, SessionId, SessionReport};
 use crate::state::State;
 
@@ -161,10 +161,12 @@ impl Registry {
     }
 
     pub(crate) fn report(&self) -> Vec<SessionReport> {
+        // A stranger chose these, and a report has to fit into one message.
+        let short = |text: &String| text.chars().take(LONGEST_NAME).collect();
         let report = |(id, session): (&SessionId, &Session)| SessionReport {
             id: id.clone(),
-            container: session.key.container.clone(),
-            metadata: session.key.metadata.clone(),
+            container: short(&session.key.container),
+            metadata: session.key.metadata.as_ref().map(short),
             pid: session.pid,
             listeners: session.listeners.len(),
         };

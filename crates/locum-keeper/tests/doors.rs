@@ -170,6 +170,22 @@ fn two_listeners_in_one_message_are_one_session() {
 }
 
 #[test]
+fn names_of_a_megabyte_do_not_break_the_status() {
+    let ground = Ground::new();
+    let (workload, listener) = Workload::new();
+    let long = "\u{1f40c}".repeat(200_000);
+    for _ in 0..12 {
+        let door = ground.door();
+        send(&door, b" ", &[listener.as_fd()]);
+        (&door).write_all(state(&long, "creating").as_bytes()).unwrap();
+    }
+    until("all of them", || ground.status().sessions.len() == 12);
+    assert!(long.starts_with(&ground.status().sessions[0].container));
+    drop((workload, listener));
+    ground.must_be_quiet();
+}
+
+#[test]
 fn a_bad_sender_costs_only_its_own_connection() {
     let ground = Ground::new();
     let monitor = ground.monitor();
