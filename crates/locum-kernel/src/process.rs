@@ -110,6 +110,21 @@ impl Thread {
         Ok(owner)
     }
 
+    /// Whether the thread has as many descriptors as it may have.
+    pub fn table_is_full(&self) -> Result<bool, Errno> {
+        let limits = self.read(c"limits")?;
+        let soft = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max open files")?.split_ascii_whitespace().next());
+        // "unlimited" is more than a table can hold.
+        let Some(limit) = soft.and_then(|soft| soft.parse::<usize>().ok()) else { return Ok(false) };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let table = rustix::fs::Dir::new(rustix::fs::openat(&self.proc, c"fd", flags, Mode::empty())?)?;
+        let number = |entry: rustix::fs::DirEntry| entry.file_name().to_str().ok()?.parse::<usize>().ok();
+        let below = table.filter_map(|entry| entry.ok().and_then(number)).filter(|fd| *fd < limit);
+        Ok(below.count() >= limit)
+    }
+
     /// Looks for the open file `ours` in the thread's table and returns its number there.
     pub fn find(&self, ours: BorrowedFd<'_>) -> Result<Option<RawFd>, Errno> {
         let path = c"fd";

@@ -39,11 +39,13 @@ pub(super) fn read(call: &Notification, caller: &Caller) -> Result<Request, Errn
     }
     // Both at once: nearly every path is short, and most are empty.
     let mut path = vec![0; memory::within_page(path_at, 64)];
-    let mut room = [0; 4];
-    let got = memory::read_both(call.tid, (path_at, &mut path), (handle_at, &mut room))?;
+    // The kernel wants the whole head to be there, of which the second half does not count.
+    let mut head = [0; 8];
+    let got = memory::read_both(call.tid, (path_at, &mut path), (handle_at, &mut head))?;
     path.truncate(got.0);
     let path = memory::read_string(call.tid, path_at, path, PATH_MAX)?;
-    let room = if got.1 == room.len() { Ok(u32::from_ne_bytes(room)) } else { Err(Errno::FAULT) };
+    let [room @ .., _, _, _, _] = head;
+    let room = if got.1 == head.len() { Ok(u32::from_ne_bytes(room)) } else { Err(Errno::FAULT) };
     let empty = path.is_empty();
     if empty && flags & AtFlags::EMPTY_PATH.bits() == 0 {
         return Err(Errno::NOENT);

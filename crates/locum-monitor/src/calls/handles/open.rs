@@ -87,6 +87,9 @@ pub(super) fn perform(
     bench: &mut Bench<'_>,
 ) -> Result<Outcome, Errno> {
     let ids = caller.ids()?;
+    // The kernel makes room for a descriptor before it cuts a file to nothing. Remaining race: another thread of the
+    // caller's fills the table meanwhile.
+    let no_room = request.flags.contains(OFlags::TRUNC) && caller.thread.table_is_full()?;
     bench.worker.have(Rights::Decode)?;
     let path_only = OFlags::PATH | OFlags::CLOEXEC;
     let found = handle::open_by_handle_at(request.mount.as_fd(), handle, path_only.bits().cast_signed())?;
@@ -94,6 +97,9 @@ pub(super) fn perform(
     let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
     if let Some(file) = (bench.kept)(Identity { device: stat.st_dev, inode: stat.st_ino }) {
         return Ok(Outcome::Give { file, close_on_exec });
+    }
+    if no_room {
+        return Err(Errno::MFILE);
     }
     let kind = FileType::from_raw_mode(stat.st_mode);
     let flags = if request.flags.contains(OFlags::PATH) {
