@@ -1,0 +1,26 @@
+//! A caller for the kernel tests: makes the calls with exact raw arguments and prints a line of JSON for each case.
+//!
+//! `caller MODE SET DIR [ARG]…`: MODE is `own` (no rights at all), `decode` (the same user with CAP_DAC_READ_SEARCH) or
+//! `as-is`; SET is `name`, `open` or an attack's name; DIR is the ground that the test prepared.
+
+mod attack;
+mod bare;
+mod name;
+mod open;
+
+use bare::Ground;
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    let [_, mode, set, dir, rest @ ..] = &args[..] else { panic!("caller MODE SET DIR [ARG]…") };
+    if mode != "as-is" {
+        bare::become_user(mode == "decode");
+    }
+    let ground = Ground::new(dir, mode == "own");
+    match set.as_str() {
+        "name" => name::run(&ground),
+        "open" => open::run(&ground),
+        "permission" => open::permissions_of(&ground),
+        attack => attack::run(attack, &ground, rest),
+    }
+}
