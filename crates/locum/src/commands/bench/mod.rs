@@ -50,6 +50,8 @@ struct Report {
     delegated_us: Pair,
     /// Delegated over floor: the median of the rounds' ratios.
     ratio: Pair,
+    /// The same for open_by_handle_at less what the floor does not do at all: journal, parked copy, second step.
+    ratio_of_open_less_parts: f64,
     percentiles_us: Percentiles,
     /// What single parts cost, measured apart.
     parts_us: Parts,
@@ -190,11 +192,12 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
         served.push(setup.delegated(args.calls, 1)?);
     }
     let pair = |times: &[Times]| Pair {
-        name_to_handle_at: median(times.iter().map(|times| mean_us(&times.name))),
-        open_by_handle_at: median(times.iter().map(|times| mean_us(&times.open))),
+        name_to_handle_at: median(times.iter().map(|times| median_us(&times.name))),
+        open_by_handle_at: median(times.iter().map(|times| median_us(&times.open))),
     };
-    let ratio = |of: fn(&Times) -> &[u64]| {
-        median(served.iter().zip(&floors).map(|(served, floor)| mean_us(of(served)) / mean_us(of(floor))))
+    let ratio = |of: fn(&Times) -> &[u64], less: f64| {
+        let rounds = served.iter().zip(&floors);
+        median(rounds.map(|(served, floor)| (median_us(of(served)) - less) / median_us(of(floor))))
     };
     let all = |of: fn(&Times) -> &[u64]| served.iter().flat_map(of).copied().collect::<Vec<_>>();
     let throughput = |threads| {
@@ -211,14 +214,18 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
         processors: std::thread::available_parallelism()?.get(),
         native_us: pair(&[native]),
         floor_us: Floor {
-            round_trip: median(floors.iter().map(|times| mean_us(&times.round_trip))),
+            round_trip: median(floors.iter().map(|times| median_us(&times.round_trip))),
             calls: pair(&floors),
         },
         delegated_us: pair(&served),
         ratio: Pair {
-            name_to_handle_at: ratio(|times| &times.name),
-            open_by_handle_at: ratio(|times| &times.open),
+            name_to_handle_at: ratio(|times| &times.name, 0.0),
+            open_by_handle_at: ratio(|times| &times.open, 0.0),
         },
+        ratio_of_open_less_parts: ratio(
+            |times| &times.open,
+            parts.journal + parts.parked_copy + parts.second_step_of_open,
+        ),
         percentiles_us: Percentiles {
             name_to_handle_at: spread(all(|times| &times.name)),
             open_by_handle_at: spread(all(|times| &times.open)),
@@ -252,8 +259,8 @@ fn parts(setup: &Setup, calls: usize) -> anyhow::Result<Parts> {
     })
 }
 
-fn mean_us(times: &[u64]) -> f64 {
-    times.iter().sum::<u64>() as f64 / times.len().max(1) as f64 / 1e3
+fn median_us(times: &[u64]) -> f64 {
+    median(times.iter().map(|time| *time as f64 / 1e3))
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -281,6 +288,7 @@ fn print(report: &Report) {
     pair("floor, us", &report.floor_us.calls);
     pair("delegated, us", &report.delegated_us);
     pair("delegated / floor", &report.ratio);
+    println!("{:<34} {:>18} {:>18.2}", "the same less its own parts", "", report.ratio_of_open_less_parts);
     for Throughput { threads, calls } in &report.calls_a_second {
         pair(&format!("calls a second, {threads} threads"), calls);
     }
