@@ -25,6 +25,21 @@ pub(crate) fn call(nr: i64, args: [u64; 6]) -> i64 {
     if done == -1 { -i64::from(std::io::Error::last_os_error().raw_os_error().unwrap()) } else { done }
 }
 
+/// One system call by the 32-bit way in.
+pub(crate) fn int80(nr: u64, args: [u64; 3]) -> i64 {
+    let result: u64;
+    // SAFETY: only open_by_handle_at(2) is called so, which writes to no memory; rbx, which belongs to the compiler, is
+    // put back.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, {first}", "int 0x80", "xchg rbx, {first}",
+            first = inout(reg) args[0] => _, inlateout("rax") nr => result, in("rcx") args[1], in("rdx") args[2],
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    i64::from(result as u32 as i32)
+}
+
 pub(crate) fn name(dir: u64, path: u64, handle: u64, mount: u64, flags: u64) -> i64 {
     call(libc::SYS_name_to_handle_at, [dir, path, handle, mount, flags, 0])
 }
@@ -50,7 +65,16 @@ pub(crate) struct Pages(pub(crate) u64);
 
 impl Pages {
     pub(crate) fn new() -> Self {
-        let kind = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        Self::of_kind(0)
+    }
+
+    /// Where 32 bits reach.
+    pub(crate) fn low() -> Self {
+        Self::of_kind(libc::MAP_32BIT)
+    }
+
+    fn of_kind(more: i32) -> Self {
+        let kind = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | more) as u64;
         let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let at = call(libc::SYS_mmap, [0, ROOM + PAGE, rw, kind, u64::MAX, 0]);
         assert!(at > 0);

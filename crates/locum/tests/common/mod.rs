@@ -73,7 +73,7 @@ impl Ground {
         self.runtime.path().to_str().unwrap()
     }
 
-    fn start(&self, args: &[&str]) -> Process {
+    pub(crate) fn start(&self, args: &[&str]) -> Process {
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
         Process(locum(args).args(["--runtime-dir", self.path()]).stderr(log).spawn().unwrap())
     }
