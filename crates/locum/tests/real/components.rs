@@ -40,11 +40,17 @@ pub(crate) fn modules(names: &[&str], to: &Path) {
     }
 }
 
+/// Copies in another process: a child that another test starts meanwhile would inherit a descriptor for writing here, and until
+/// it has let go of that the program cannot be started.
+pub(crate) fn copy_program(from: &Path, to: &Path) {
+    run(Command::new("cp").arg(from).arg(to));
+}
+
 /// A folder of commands: busybox by all its names, and `xattr`.
 pub(crate) fn commands(to: &Path) {
     fs::create_dir_all(to).unwrap();
     let busybox = to.join("busybox");
-    fs::copy("/bin/busybox", &busybox).unwrap();
+    copy_program(Path::new("/bin/busybox"), &busybox);
     run(Command::new(&busybox).arg("--install").arg(to));
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real/xattr.c");
     run(Command::new("cc").args(["-static", "-O", "-o"]).arg(to.join("xattr")).arg(source));

@@ -252,6 +252,6 @@ fn root_file_system(root: &Path) {
             fs::create_dir_all(copy.parent().unwrap()).unwrap();
             fs::copy(library, copy).unwrap();
         }
-        fs::copy(&program, root.join("bin").join(program.file_name().unwrap())).unwrap();
+        components::copy_program(&program, &root.join("bin"));
     }
 }
