@@ -1,5 +1,5 @@
 //! What a workload that means harm tries, from inside, and a rootless user at the door that is his own.
-//! Descriptors that are no listeners, and pids of others, are sent to the doors in locum-keeper's tests.
+//! Descriptors that are no listeners are sent to the doors in locum-keeper's tests.
 
 mod common;
 
@@ -154,7 +154,7 @@ fn a_thousand_at_once_are_answered() {
 fn the_dead_are_not_answered_in_anothers_memory() {
     let yard = Yard::new();
     // So few process ids that they are used again all the time.
-    let script = "echo 400 >/proc/sys/kernel/pid_max && exec \"$@\"";
+    let script = "echo 350 >/proc/sys/kernel/pid_max && exec \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, "sh"]);
     command.arg(env!("CARGO_BIN_EXE_locum")).args([
@@ -257,6 +257,13 @@ fn a_rootless_user_gets_what_his_door_gives() {
     for policy in ["roots", "virtiofsd", "nowhere"] {
         at(1001, policy, "unserved", &[]);
     }
+    // A process that is not his.
+    let door = ground.runtime.path().join("oci-1001.sock");
+    let mut foreign = Command::new("setpriv");
+    foreign.args(["--reuid", "1001", "--regid", "1001", "--clear-groups", "--no-new-privs"]);
+    must(foreign.args(yard.attack("foreign-pid", &[door.to_str().unwrap()])));
+    let log = std::fs::read_to_string(&ground.log).unwrap();
+    assert!(log.contains("the runtime named a process that is not its peer's"), "{log}");
     // Another's door.
     let door = ground.runtime.path().join("oci-1002.sock");
     let refused = Command::new("setpriv")

@@ -1,15 +1,18 @@
 //! What a caller that means harm does. Each attack fails by panicking.
 
-use std::os::fd::OwnedFd;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use locum_kernel::filter::{Filter, Wait};
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use crate::bare::{AT_FDCWD, Ground, Pages, call, close, descriptor, fd, int80, name, open};
+use crate::bare::{AT_FDCWD, Ground, Pages, call, close, descriptor, fd, int80, name, number, open, told};
 
 const STALE: i64 = -(libc::ESTALE as i64);
 const IO: i64 = -(libc::EIO as i64);
@@ -31,6 +34,7 @@ pub(crate) fn run(attack: &str, ground: &Ground, args: &[String]) {
         ("bystander", []) => bystander(ground),
         ("other-arch", []) => other_arch(ground),
         ("fault", [kind]) => fault(ground, kind),
+        ("foreign-pid", [door]) => foreign_pid(ground, door),
         // Unhelped: the kernel's bare handle, and no right to open it.
         ("unserved", []) => {
             let handle = ground.handle(&ground.path("file"));
@@ -41,7 +45,11 @@ pub(crate) fn run(attack: &str, ground: &Ground, args: &[String]) {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
 }
 
 fn unhex(text: &str) -> Vec<u8> {
@@ -81,7 +89,7 @@ fn forge(ground: &Ground, secret: &[u8]) {
         let mut forged = good.clone();
         forged[bit / 8] ^= 1 << (bit % 8);
         let refused = opened(&mount, &forged);
-        let is_flag = bit >= 6 * 8 && bit < 8 * 8;
+        let is_flag = (6 * 8..8 * 8).contains(&bit);
         assert!(refused == STALE || (is_flag && refused == -i64::from(libc::EINVAL)), "bit {bit}: {refused}");
     }
     for kind in (0..=255_u32).filter(|kind| kind.to_ne_bytes() != good[4..8]) {
@@ -178,7 +186,9 @@ fn thousand(ground: &Ground) {
         let all: Vec<_> = (0..1000)
             .map(|_| std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, one).unwrap())
             .collect();
-        all.into_iter().for_each(|one| one.join().unwrap());
+        for one in all {
+            one.join().unwrap();
+        }
     });
 }
 
@@ -203,8 +213,8 @@ fn full(ground: &Ground) {
 const SHARED_ADDRESS: u64 = 0x10_0000_0000;
 
 fn map_shared_address() {
-    let kind = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let kind = number(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE);
+    let rw = number(libc::PROT_READ | libc::PROT_WRITE);
     let at = call(libc::SYS_mmap, [SHARED_ADDRESS, 4096, rw, kind, u64::MAX, 0]);
     assert_eq!(at, SHARED_ADDRESS.cast_signed());
 }
@@ -222,7 +232,7 @@ fn deaths(ground: &Ground) {
         // It calls when it says so.
         std::io::Read::read_exact(&mut caller.stdout.take().unwrap(), &mut [0]).unwrap();
         std::thread::sleep(Duration::from_micros(round * 37 % 1000));
-        let bystanders: Vec<_> = (0..3).map(|_| child("bystander").spawn().unwrap()).collect();
+        let bystanders: Vec<_> = (0..2 + round % 3).map(|_| child("bystander").spawn().unwrap()).collect();
         caller.kill().unwrap();
         assert_eq!(caller.wait().unwrap().signal(), Some(libc::SIGKILL));
         let late = child("bystander").spawn().unwrap();
@@ -294,4 +304,23 @@ fn fault(ground: &Ground, kind: &str) {
         assert!(took < Duration::from_secs(8), "{took:?}");
         assert!(kind != "stall" || others > 100, "{others} other calls in {took:?}");
     });
+}
+
+/// Gives its listener to `door` with the pid of somebody else's process, then calls.
+fn foreign_pid(ground: &Ground, door: &str) {
+    let calls = locum_kernel::arch::CALLS.iter().map(|(_, nr)| *nr).collect::<Vec<_>>();
+    let listener = Filter::notify(&calls).install(Wait::Killable).unwrap();
+    let state = r#"{"ociVersion": "1.0.2", "fds": ["seccompFd"], "pid": 1, "metadata": "policy=theirs",
+        "state": {"ociVersion": "1.0.2", "id": "foreign", "status": "creating", "pid": 1, "bundle": "/"}}"#;
+    let socket = std::os::unix::net::UnixStream::connect(door).unwrap();
+    let descriptors = [listener.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    let bytes = [std::io::IoSlice::new(state.as_bytes())];
+    let sent = rustix::net::sendmsg(&socket, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+    assert_eq!(sent, state.len());
+    drop((socket, listener));
+    let handle = ground.handle_with(&ground.path("file"), 0);
+    println!("{}", handle.map_or_else(told, |handle| hex(&handle)));
 }

@@ -10,18 +10,22 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 const PAGE: u64 = 4096;
 /// What of a mapping can be touched.
 const ROOM: u64 = 4 * PAGE;
-pub(crate) const AT_FDCWD: u64 = -100_i64 as u64;
+pub(crate) const AT_FDCWD: u64 = (-100_i64).cast_unsigned();
 pub(crate) const EMPTY_PATH: u64 = 0x1000;
 pub(crate) const FOLLOW: u64 = 0x400;
 /// No address of this program.
 pub(crate) const UNMAPPED: u64 = 0x1000;
 
+/// An int as an argument.
+pub(crate) fn number(int: i32) -> u64 {
+    i64::from(int).cast_unsigned()
+}
+
 /// One system call: what the kernel returns, errors as negative numbers.
 pub(crate) fn call(nr: i64, args: [u64; 6]) -> i64 {
-    let [a, b, c, d, e, f] = args;
     // SAFETY: whatever the kernel is told to write to is a mapping that was made for it below, or an array of the caller
     // that outlives the call; no call that is made here changes what Rust believes about other memory.
-    let done = unsafe { libc::syscall(nr, a, b, c, d, e, f) };
+    let done = unsafe { libc::syscall(nr, args[0], args[1], args[2], args[3], args[4], args[5]) };
     if done == -1 { -i64::from(std::io::Error::last_os_error().raw_os_error().unwrap()) } else { done }
 }
 
@@ -37,7 +41,8 @@ pub(crate) fn int80(nr: u64, args: [u64; 3]) -> i64 {
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,
         );
     }
-    i64::from(result as u32 as i32)
+    // The upper half is nothing that the kernel says.
+    i64::from(u32::try_from(result & 0xffff_ffff).unwrap().cast_signed())
 }
 
 pub(crate) fn name(dir: u64, path: u64, handle: u64, mount: u64, flags: u64) -> i64 {
@@ -74,8 +79,8 @@ impl Pages {
     }
 
     fn of_kind(more: i32) -> Self {
-        let kind = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | more) as u64;
-        let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let kind = number(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | more);
+        let rw = number(libc::PROT_READ | libc::PROT_WRITE);
         let at = call(libc::SYS_mmap, [0, ROOM + PAGE, rw, kind, u64::MAX, 0]);
         assert!(at > 0);
         let pages = Self(at.cast_unsigned());
@@ -89,7 +94,7 @@ impl Pages {
     }
 
     pub(crate) fn read_only(&self) {
-        call(libc::SYS_mprotect, [self.0, ROOM, libc::PROT_READ as u64, 0, 0, 0]);
+        call(libc::SYS_mprotect, [self.0, ROOM, number(libc::PROT_READ), 0, 0, 0]);
     }
 
     /// `bytes` as the last that can be touched.
@@ -174,7 +179,7 @@ impl Ground {
 }
 
 pub(crate) fn fd(file: &impl std::os::fd::AsFd) -> u64 {
-    file.as_fd().as_raw_fd() as u64
+    number(file.as_fd().as_raw_fd())
 }
 
 /// Whether `fd` is the file at `path`, its flags, and whether it is closed on exec.
@@ -182,7 +187,7 @@ pub(crate) fn descriptor(fd: i64, path: &Path) -> String {
     let Ok(named) = std::fs::metadata(format!("/proc/self/fd/{fd}")) else { return "\"unreadable\"".into() };
     let wanted = std::fs::symlink_metadata(path);
     let same = wanted.is_ok_and(|wanted| (wanted.dev(), wanted.ino()) == (named.dev(), named.ino()));
-    let ask = |what: i32| call(libc::SYS_fcntl, [fd.cast_unsigned(), what as u64, 0, 0, 0, 0]);
+    let ask = |what: i32| call(libc::SYS_fcntl, [fd.cast_unsigned(), number(what), 0, 0, 0, 0]);
     let (flags, cloexec) = (ask(libc::F_GETFL), ask(libc::F_GETFD));
     format!(
         "{{\"same\": {same}, \"size\": {}, \"flags\": \"{flags:#o}\", \"cloexec\": {cloexec}}}",
@@ -202,7 +207,7 @@ pub(crate) fn tell(class: &str, case: &str, result: i64, effect: &str) {
 pub(crate) fn become_user(decode: bool) {
     const NOBODY: u64 = 65534;
     const DAC_READ_SEARCH: u32 = 1 << 2;
-    let prctl = |what: i32, value: u64| call(libc::SYS_prctl, [what as u64, value, 0, 0, 0, 0]);
+    let prctl = |what: i32, value: u64| call(libc::SYS_prctl, [number(what), value, 0, 0, 0, 0]);
     let all = [NOBODY, NOBODY, NOBODY, 0, 0, 0];
     assert_eq!(prctl(libc::PR_SET_KEEPCAPS, u64::from(decode)), 0);
     assert_eq!(call(libc::SYS_setgroups, [0; 6]), 0);

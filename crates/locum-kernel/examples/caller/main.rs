@@ -20,6 +20,7 @@ fn main() {
     match set.as_str() {
         "name" => name::run(&ground),
         "open" => open::run(&ground),
+        "jail" => name::jail(&ground),
         "permission" => open::permissions_of(&ground),
         attack => attack::run(attack, &ground, rest),
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use crate::bare::{AT_FDCWD, EMPTY_PATH, FOLLOW, Ground, Pages, UNMAPPED, call, fd, name, tell};
+use crate::bare::{AT_FDCWD, EMPTY_PATH, FOLLOW, Ground, Pages, UNMAPPED, call, fd, name, number, tell};
 
 const FID: u64 = 0x200;
 const UNIQUE: u64 = 1;
@@ -67,6 +67,33 @@ pub(crate) fn run(ground: &Ground) {
     memory(ground);
     flags(ground);
     threads(ground);
+    // A user namespace wants a process of its own.
+    let jail = ["as-is", "jail", ground.dir.to_str().unwrap()];
+    assert!(std::process::Command::new("/proc/self/exe").args(jail).status().unwrap().success());
+}
+
+/// With a root of its own, then also with mounts of its own, which are no exports.
+pub(crate) fn jail(ground: &Ground) {
+    let unshare = |what: i32| assert_eq!(call(libc::SYS_unshare, [what as u64, 0, 0, 0, 0, 0]), 0);
+    let text = Pages::new();
+    let at = |class: &str, label: &str, path: &str, flags: u64| {
+        let path = text.put(ground, format!("{path}\0").as_bytes());
+        Case { ground, dir: AT_FDCWD, path, flags }.tell(class, label);
+    };
+    unshare(libc::CLONE_NEWUSER);
+    at("same", "user namespace", "file", 0);
+    let root = text.put(ground, b"folder\0");
+    assert_eq!(call(libc::SYS_chroot, [root, 0, 0, 0, 0, 0]), 0);
+    at("same", "chroot, folder left outside", "file", 0);
+    at("same", "chroot, a path from its root", "/inner", 0);
+    std::env::set_current_dir("/").unwrap();
+    for path in ["/", "..", "inner", "../../inner", "/../inner", "file"] {
+        at("same", &format!("chroot {path}"), path, 0);
+    }
+    at("same", "chroot, an absolute link", "up", FOLLOW);
+    at("same", "chroot, the folder itself", "", EMPTY_PATH);
+    unshare(libc::CLONE_NEWNS);
+    at("fast", "mount namespace of its own", "inner", 0);
 }
 
 fn paths(ground: &Ground) {
@@ -222,6 +249,7 @@ fn memory(ground: &Ground) {
         ("mount NULL", handle, 0),
         ("mount unmapped", handle, UNMAPPED),
         ("mount cut", handle, pages.end(2)),
+        ("both unmapped", UNMAPPED, UNMAPPED),
         ("both NULL", 0, 0),
     ] {
         ground.write(pages.0, &[&128_u32.to_ne_bytes()[..], &[0xa5; 60]].concat());
@@ -286,12 +314,12 @@ fn threads(ground: &Ground) {
             let text = Pages::new();
             let path = text.put(ground, b"file\0");
             Case { ground, dir: AT_FDCWD, path, flags: 0 }.tell("same", "from a thread");
-            assert_eq!(call(libc::SYS_unshare, [libc::CLONE_FILES as u64, 0, 0, 0, 0, 0]), 0);
+            assert_eq!(call(libc::SYS_unshare, [number(libc::CLONE_FILES), 0, 0, 0, 0, 0]), 0);
             let folder = openat(CWD, ground.path("folder"), OFlags::PATH, Mode::empty()).unwrap();
             ground.write(text.0, b"inner\0");
             Case { ground, dir: fd(&folder), path: text.0, flags: 0 }
                 .tell("same", "from a descriptor table of its own");
-            assert_eq!(call(libc::SYS_unshare, [libc::CLONE_FS as u64, 0, 0, 0, 0, 0]), 0);
+            assert_eq!(call(libc::SYS_unshare, [number(libc::CLONE_FS), 0, 0, 0, 0, 0]), 0);
             std::env::set_current_dir(ground.path("folder")).unwrap();
             Case { ground, dir: AT_FDCWD, path: text.0, flags: 0 }
                 .tell("same", "from a working directory of its own");

@@ -110,6 +110,8 @@ fn flags(ground: &Ground, mount: &OwnedFd) {
         OFlags::TMPFILE,
         OFlags::NOATIME,
         OFlags::SYNC,
+        OFlags::DSYNC,
+        OFlags::DIRECT,
         OFlags::NOCTTY,
         OFlags::APPEND | OFlags::TRUNC | OFlags::CLOEXEC,
     ];
@@ -141,7 +143,7 @@ fn flags(ground: &Ground, mount: &OwnedFd) {
 
 /// What is a matter of permission: by the user's own open(2) if there is no locum.
 fn permissions(ground: &Ground, mount: &OwnedFd) {
-    for name in ["theirs", "closed", "listed", "grouped", "lost"] {
+    for name in ["theirs", "closed", "listed", "grouped", "frozen", "lost"] {
         let path = ground.path(name);
         if name == "lost" {
             let _ = std::fs::remove_file(&path);
@@ -150,7 +152,7 @@ fn permissions(ground: &Ground, mount: &OwnedFd) {
         let handle = ground.handle_with(&path, 0);
         if name == "lost" {
             // Named while it could be read, opened when it cannot.
-            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o0)).unwrap();
         }
         for flags in
             [0, 1, 2, TRUNC, 1 | TRUNC, OFlags::NOATIME.bits().into(), OFlags::DIRECTORY.bits().into()]
