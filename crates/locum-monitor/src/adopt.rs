@@ -169,3 +169,32 @@ fn first_process(delivery: &Delivery, state: &State) -> Option<Thread> {
     }
     believed.then_some(process)
 }
+
+/// Removes the folders of sessions that ended while no monitor ran: those that the keeper has not told of, and whose first
+/// process is gone or of another boot.
+pub(crate) fn sweep(shared: &Shared) {
+    let Ok(folders) = std::fs::read_dir(shared.runtime_dir.sessions()) else { return };
+    for folder in folders.flatten() {
+        let is_served = lock(&shared.sessions).contains_key(&*folder.file_name().to_string_lossy());
+        if is_served || !is_over(shared, &folder.path().join("record.json")) {
+            continue;
+        }
+        match std::fs::remove_dir_all(folder.path()) {
+            Ok(()) => tracing::info!(session = %folder.file_name().display(), "ended while no monitor ran"),
+            Err(error) => tracing::warn!("{} stays behind: {error}", folder.path().display()),
+        }
+    }
+}
+
+fn is_over(shared: &Shared, record: &std::path::Path) -> bool {
+    match Record::read(record, &shared.boot) {
+        Ok(Some(Record { process: Some(process), .. })) => {
+            let lives = |thread: &Thread| thread.start_time() == Ok(process.start_time);
+            !Thread::hold(process.pid).is_ok_and(|thread| lives(&thread))
+        }
+        // Nothing is known of its processes: a later release may know how to find them.
+        Ok(Some(_)) | Err(_) => false,
+        // Of another boot, or never begun.
+        Ok(None) => true,
+    }
+}

@@ -110,7 +110,7 @@ pub(crate) struct Shared {
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     /// Listeners that have ended, for as long as workers of theirs are left.
     ending: Mutex<Vec<Arc<Served>>>,
-    /// When the keeper was last connected to, in milliseconds since boot.
+    /// When the keeper was last connected to, in milliseconds since boot; 0 if it never was.
     connected: AtomicU64,
 }
 
@@ -125,7 +125,8 @@ impl Shared {
 
     /// Whether the keeper has had time to tell of every listener that it holds.
     pub(crate) fn settled_in(&self) -> bool {
-        now_ms().saturating_sub(self.connected.load(Ordering::Relaxed)) > 5000
+        let since = self.connected.load(Ordering::Relaxed);
+        since != 0 && now_ms().saturating_sub(since) > 5000
     }
 
     /// Has the keeper hold a copy of `park`. Without a keeper, the next one gets it with everything else.

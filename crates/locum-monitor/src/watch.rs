@@ -8,6 +8,7 @@ use locum_kernel::notify::{Answer, CallId};
 use locum_kernel::{Errno, signal};
 
 use crate::Shared;
+use crate::adopt;
 use crate::answer::Post;
 use crate::session::{Served, Session, lock, now_ms};
 use crate::worker;
@@ -58,7 +59,7 @@ impl Watch {
 
 /// Looks after all sessions, for ever.
 pub(crate) fn run(shared: &Shared) {
-    let mut busy = false;
+    let (mut busy, mut swept) = (false, false);
     loop {
         std::thread::sleep(if busy { TICK } else { QUIET_TICK });
         busy = false;
@@ -71,6 +72,10 @@ pub(crate) fn run(shared: &Shared) {
             }
             !watches.is_empty()
         });
+        if !swept && shared.settled_in() {
+            adopt::sweep(shared);
+            swept = true;
+        }
         for session in shared.sessions() {
             session.expire(now);
             let served: Vec<Arc<Served>> = lock(&session.served).values().cloned().collect();
