@@ -7,6 +7,10 @@
 //! What differs, and is meant to: the trailer's 24 bytes; EOPNOTSUPP for what cannot be opened by a stand-in for an
 //! O_PATH descriptor (`class` "fast"); the stand-in's own flags ("path"); ESTALE for a handle whose type was changed, which
 //! some file systems would open ("signed"); O_NOFOLLOW as F_GETFL tells it ("nofollow").
+//!
+//! Of the faults found in others' code, here: calls by threads that lead no group; null pointers and empty buffers; a failed
+//! look-up that lets the call through; FIFOs and devices that are opened for somebody; every error turned into EPERM; O_PATH
+//! silently taken off (what a stand-in cannot stand for is never named).
 
 mod common;
 
@@ -103,7 +107,9 @@ impl Ground {
             b"",
         )
         .unwrap();
-        for (target, name) in [("file", "link"), ("nowhere", "dangling"), ("loop", "loop"), ("/inner", "folder/up")] {
+        for (target, name) in
+            [("file", "link"), ("nowhere", "dangling"), ("loop", "loop"), ("/inner", "folder/up")]
+        {
             symlink(target, fs.join(name)).unwrap();
         }
         let node = |name, kind, device| {
@@ -183,7 +189,8 @@ fn expected(native: &Value, locum: &Value) -> Value {
         "fast" if native["result"] == "ok" => {
             wanted["result"] = "errno 95".into();
             // Nothing is written.
-            wanted["effect"] = serde_json::json!({"bytes": 128, "type": -1, "wrote": 0, "mount": "untouched"});
+            wanted["effect"] =
+                serde_json::json!({"bytes": 128, "type": -1, "wrote": 0, "mount": "untouched"});
         }
         // The signature covers the type; some file systems do not look at it.
         "signed" if native["result"] == "ok" => {

@@ -74,7 +74,7 @@ pub(crate) fn run(ground: &Ground) {
 
 /// With a root of its own, then also with mounts of its own, which are no exports.
 pub(crate) fn jail(ground: &Ground) {
-    let unshare = |what: i32| assert_eq!(call(libc::SYS_unshare, [what as u64, 0, 0, 0, 0, 0]), 0);
+    let unshare = |what: i32| assert_eq!(call(libc::SYS_unshare, [number(what), 0, 0, 0, 0, 0]), 0);
     let text = Pages::new();
     let at = |class: &str, label: &str, path: &str, flags: u64| {
         let path = text.put(ground, format!("{path}\0").as_bytes());

@@ -110,12 +110,11 @@ fn flags(ground: &Ground, mount: &OwnedFd) {
         OFlags::TMPFILE,
         OFlags::NOATIME,
         OFlags::SYNC,
-        OFlags::DSYNC,
         OFlags::DIRECT,
         OFlags::NOCTTY,
         OFlags::APPEND | OFlags::TRUNC | OFlags::CLOEXEC,
     ];
-    let more = more.map(flag).into_iter().chain([0, 1 << 30, 0x8000_0000, 0xffff_ffff_0000_0000]);
+    let more = more.map(flag).into_iter().chain([0, 0o10_000, 1 << 30, 0x8000_0000, 0xffff_ffff_0000_0000]);
     for name in ["file", "folder"] {
         let handle = ground.handle(&ground.path(name));
         for more in more.clone() {
