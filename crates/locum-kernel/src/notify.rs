@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::io::retry_on_intr;
+
 use crate::Errno;
 
 /// Words that [`Listener::receive`] needs. The kernel's structure has ten (6.18) and may grow; [`sizes_fit`]
@@ -145,9 +147,12 @@ impl Listener {
 
     /// Whether the caller of `id` still waits for an answer. Says nothing about what happens next.
     pub fn still_waits(&self, id: CallId) -> bool {
-        // SAFETY: ID_VALID reads one u64 at this address, which lives until the call returns.
-        let done = unsafe { libc::ioctl(self.raw(), ioctl::ID_VALID, &raw const id.0) };
-        done == 0
+        // A signal while the kernel waits for its lock says nothing about the call.
+        let asked = retry_on_intr(|| {
+            // SAFETY: ID_VALID reads one u64 at this address, which lives until the call returns.
+            check(unsafe { libc::ioctl(self.raw(), ioctl::ID_VALID, &raw const id.0) })
+        });
+        asked.is_ok()
     }
 
     /// Ends the call `id`. ENOENT: nobody waits for it any more.
@@ -158,9 +163,12 @@ impl Listener {
             Answer::Continue => (0, 0, CONTINUE),
         };
         let response = libc::seccomp_notif_resp { id: id.0, val, error, flags };
-        // SAFETY: SEND reads one `struct seccomp_notif_resp` at this address, which lives until the call returns.
-        let done = unsafe { libc::ioctl(self.raw(), ioctl::SEND, &raw const response) };
-        check(done).map(drop)
+        // The kernel answers EINTR only while it waits for its lock: nothing was sent.
+        let sent = retry_on_intr(|| {
+            // SAFETY: SEND reads one `struct seccomp_notif_resp` at this address, which lives until the call returns.
+            check(unsafe { libc::ioctl(self.raw(), ioctl::SEND, &raw const response) })
+        });
+        sent.map(drop)
     }
 
     /// Puts a copy of `fd` into the table of the caller of `id` and returns its number there. The call goes on
@@ -180,9 +188,11 @@ impl Listener {
             newfd: 0,
             newfd_flags: if close_on_exec { libc::O_CLOEXEC.cast_unsigned() } else { 0 },
         };
-        // SAFETY: ADDFD reads one `struct seccomp_notif_addfd` at this address, which lives until the call returns.
-        let done = unsafe { libc::ioctl(self.raw(), ioctl::ADDFD, &raw const request) };
-        check(done)
+        // Interrupted, the kernel takes its request back, or says what became of it if the caller was faster.
+        retry_on_intr(|| {
+            // SAFETY: ADDFD reads one `struct seccomp_notif_addfd` at this address, which lives until the call returns.
+            check(unsafe { libc::ioctl(self.raw(), ioctl::ADDFD, &raw const request) })
+        })
     }
 
     /// Lets a caller's wake-up of the receiver, and the answer's of the caller, happen on the same processor (6.6).

@@ -68,7 +68,8 @@ impl Thread {
             .is_ok();
         }
         let mut poll = [PollFd::new(pidfd, PollFlags::IN)];
-        rustix::event::poll(&mut poll, Some(&Timespec::default())) == Ok(0)
+        // A signal for this thread says nothing about the other.
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, Some(&Timespec::default()))) == Ok(0)
     }
 
     /// A copy of descriptor `fd` of this thread. EBADF: it has none such. ESRCH: the thread is gone.

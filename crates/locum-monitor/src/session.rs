@@ -298,5 +298,6 @@ pub(crate) fn is_queued(listener: &Listener) -> bool {
 
 fn told(listener: &Listener, asked: PollFlags, wanted: PollFlags) -> bool {
     let mut polled = [PollFd::new(listener, asked)];
-    poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(wanted)
+    let told = rustix::io::retry_on_intr(|| poll(&mut polled, Some(&Timespec::default())));
+    told.is_ok() && polled[0].revents().contains(wanted)
 }
