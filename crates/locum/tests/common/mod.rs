@@ -80,8 +80,9 @@ impl Ground {
 
     pub(crate) fn keeper(&self) -> Process {
         let keeper = self.start(&["keeper"]);
-        until("the keeper's front door", || {
-            UnixStream::connect(self.runtime.path().join("oci.sock")).is_ok()
+        until("the keeper's sockets", || {
+            let open = |name| UnixStream::connect(self.runtime.path().join(name)).is_ok();
+            open("oci.sock") && open("keeper.sock")
         });
         keeper
     }
