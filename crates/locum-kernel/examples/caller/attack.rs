@@ -133,6 +133,8 @@ fn rewrite(ground: &Ground) {
     let (path, pages, mount_id) = (Pages::new(), Pages::new(), Pages::new());
     let (path, at) = (path.put(ground, b"file\0"), pages.put(ground, &good));
     let room = pages.0;
+    // The first call may come before the other thread has begun.
+    ground.write(room, &128_u32.to_ne_bytes());
     let mixed: Vec<u8> =
         good.iter().zip(&theirs).enumerate().map(|(i, (a, b))| if i < 20 { *a } else { *b }).collect();
     let done = AtomicBool::new(false);
@@ -148,6 +150,8 @@ fn rewrite(ground: &Ground) {
                 ground.write(room, &128_u32.to_ne_bytes());
             }
         });
+        // A failure must not leave the other thread at it for ever.
+        let _over = Over(&done);
         let (mut right, mut refused) = (0, 0);
         for _ in 0..4000 {
             match open(fd(&mount), at, 0) {
@@ -166,9 +170,16 @@ fn rewrite(ground: &Ground) {
             assert!(named == 0 || errors.contains(&named), "{named}");
             assert!(ground.read(room + 8 + 128, 64).iter().all(|byte| *byte == 0), "written beyond the room");
         }
-        done.store(true, Ordering::Relaxed);
         assert!(right > 0 && refused > 0, "{right} opened, {refused} refused: no race at all");
     });
+}
+
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn thousand(ground: &Ground) {
