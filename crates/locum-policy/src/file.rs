@@ -54,8 +54,9 @@ impl Reader<'_> {
         if let Some(value) = get("o_path") {
             self.o_path(value)?;
         }
+        let trusted = get("trusted").map_or_else(|| Ok(Vec::new()), |value| self.trusted(value))?;
         let scope = match get("scope") {
-            Some(value) => self.scope(value, get("trusted"))?,
+            Some(value) => self.scope(value, &trusted)?,
             None => Scope::container(),
         };
         let limits = get("limits").map_or_else(|| Ok(Limits::default()), |value| self.limits(value))?;
@@ -107,16 +108,23 @@ impl Reader<'_> {
         }
     }
 
-    fn scope(&self, value: &Value<'_>, trusted: Option<&Value<'_>>) -> Result<Scope, PolicyError> {
+    fn trusted(&self, value: &Value<'_>) -> Result<Vec<String>, PolicyError> {
+        self.each(value, "a list of fields", |item| {
+            let field = self.string(item, "a field")?;
+            let is_known = matches!(field, "container" | "policy")
+                || field.strip_prefix("annotation:").is_some_and(|name| !name.is_empty());
+            if !is_known {
+                let hint = nearest(field, &["container", "policy", "annotation:NAME"]);
+                return Err(self.error(item.span(), format!("unknown field {field:?}{hint}")));
+            }
+            Ok(field.to_owned())
+        })
+    }
+
+    fn scope(&self, value: &Value<'_>, trusted: &[String]) -> Result<Scope, PolicyError> {
         let template = self.string(value, "a scope template")?;
         let scope = Scope::parse(template)
             .map_err(|message| self.error(value.span(), format!("in the scope template: {message}")))?;
-        let trusted = match trusted {
-            Some(list) => {
-                self.each(list, "a list of fields", |item| self.string(item, "a field").map(str::to_owned))?
-            }
-            None => Vec::new(),
-        };
         let untrusted = scope.fields().find(|field| !trusted.contains(field));
         match untrusted {
             Some(field) => Err(self.error(
@@ -279,6 +287,14 @@ mod tests {
             (
                 "[a]\nscope = '{container}'",
                 "p.toml:2:9: the scope uses {container}, which is not in `trusted`: whoever starts the container chooses it; add \"container\" to `trusted` if the peers may be believed there\n  |\n2 | scope = '{container}'\n  |         ^^^^^^^^^^^^^",
+            ),
+            (
+                "[a]\ntrusted = 5",
+                "p.toml:2:11: wanted a list of fields, found an integer\n  |\n2 | trusted = 5\n  |           ^",
+            ),
+            (
+                "[a]\ntrusted = ['contianer']",
+                "p.toml:2:12: unknown field \"contianer\"; did you mean \"container\"?\n  |\n2 | trusted = ['contianer']\n  |            ^^^^^^^^^^^",
             ),
             (
                 "[a]\nscope = '{node}'",

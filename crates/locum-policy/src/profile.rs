@@ -14,7 +14,8 @@ pub enum Runtime {
     Crun,
     /// runc: the same without flags, of which it knows none before 1.2.
     Runc,
-    /// `podman --security-opt seccomp=FILE`: the format of the base. Podman passes no flags on.
+    /// `podman --security-opt seccomp=FILE`: the format of the base. No flags: podman passes them on, but its runtime may be
+    /// runc, which then starts nothing.
     Podman,
 }
 
@@ -51,11 +52,21 @@ pub fn merge(
     let mut profile: Value = serde_json::from_str(base)?;
     let calls: Vec<&str> = policy.calls.iter().map(|call| call.name()).collect();
     let fields = object(&mut profile, "the top")?;
+    if !fields.get("defaultAction").is_some_and(Value::is_string) {
+        return Err(form(
+            "a string",
+            "defaultAction",
+            fields.get("defaultAction").map_or_else(nothing, kind),
+        ));
+    }
     let rules = fields.entry("syscalls").or_insert(Value::Null);
     let found = kind(rules);
     let rules = rules.as_array_mut().ok_or_else(|| form("a list of rules", "syscalls", found))?;
     for (index, rule) in rules.iter_mut().enumerate() {
-        take_out(object(rule, &format!("syscalls[{index}]"))?, &calls);
+        let at = format!("syscalls[{index}]");
+        let rule = object(rule, &at)?;
+        check(rule, &at)?;
+        take_out(rule, &calls);
     }
     rules.retain(|rule| rule.get("names").and_then(Value::as_array).is_none_or(|names| !names.is_empty()));
     rules.push(json!({"names": calls, "action": "SCMP_ACT_NOTIFY", "args": []}));
@@ -67,6 +78,64 @@ pub fn merge(
         fields.insert("flags".to_owned(), json!(["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]));
     }
     Ok(profile)
+}
+
+/// Refuses a rule that is not wholly understood: a condition that was passed over would make a rule unconditional.
+fn check(rule: &Map<String, Value>, at: &str) -> Result<(), ProfileError> {
+    const KEYS: &[&str] =
+        &["action", "args", "comment", "errno", "errnoRet", "excludes", "includes", "name", "names"];
+    known_keys(rule, KEYS, at)?;
+    let is_strings = |value: &Value| value.as_array().is_some_and(|items| items.iter().all(Value::is_string));
+    let is_objects = |value: &Value| value.as_array().is_some_and(|items| items.iter().all(Value::is_object));
+    optional(rule, "name", "a string", at, Value::is_string)?;
+    optional(rule, "names", "a list of strings", at, is_strings)?;
+    optional(rule, "args", "a list of objects", at, is_objects)?;
+    if given(rule, "name") && given(rule, "names") {
+        return Err(form("either name or names", at, "both".to_owned()));
+    }
+    if given(rule, "errno") && !given(rule, "errnoRet") {
+        return Err(form("an errnoRet", at, "only an errno".to_owned()));
+    }
+    if rule.get("action").and_then(Value::as_str) == Some("SCMP_ACT_NOTIFY") {
+        return Err(form("no other listener's calls", at, "SCMP_ACT_NOTIFY".to_owned()));
+    }
+    for condition in ["includes", "excludes"] {
+        optional(rule, condition, "an object", at, Value::is_object)?;
+        if let Some(listed) = rule.get(condition).and_then(Value::as_object) {
+            let at = format!("{at}.{condition}");
+            known_keys(listed, &["arches", "caps", "minKernel"], &at)?;
+            optional(listed, "arches", "a list of strings", &at, is_strings)?;
+            optional(listed, "caps", "a list of strings", &at, is_strings)?;
+        }
+    }
+    Ok(())
+}
+
+fn known_keys(fields: &Map<String, Value>, known: &[&str], at: &str) -> Result<(), ProfileError> {
+    let unknown = fields.keys().find(|key| !known.contains(&key.as_str()));
+    unknown.map_or(Ok(()), |key| Err(form("only keys that locum knows", at, format!("{key:?}"))))
+}
+
+/// What is there and neither null nor empty; runtimes take those for absent.
+fn given(fields: &Map<String, Value>, key: &str) -> bool {
+    fields
+        .get(key)
+        .is_some_and(|value| !matches!(value, Value::Null) && *value != json!("") && *value != json!([]))
+}
+
+fn optional(
+    fields: &Map<String, Value>,
+    key: &str,
+    wanted: &'static str,
+    at: &str,
+    is_wanted: impl Fn(&Value) -> bool,
+) -> Result<(), ProfileError> {
+    match fields.get(key) {
+        Some(value) if !value.is_null() && !is_wanted(value) => {
+            Err(form(wanted, &format!("{at}.{key}"), kind(value)))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Takes `calls` out of a rule. An old form names a single call, as `name`; it becomes the new one.
@@ -160,6 +229,10 @@ fn object<'v>(value: &'v mut Value, at: &str) -> Result<&'v mut Map<String, Valu
 
 fn form(wanted: &'static str, at: &str, found: String) -> ProfileError {
     ProfileError::Form { wanted, at: at.to_owned(), found }
+}
+
+fn nothing() -> String {
+    kind(&Value::Null)
 }
 
 fn kind(value: &Value) -> String {
@@ -273,12 +346,39 @@ mod tests {
     fn what_is_no_profile_is_an_error_that_says_where() {
         let error = |base: &str| merge(base, &builtin()[0], Runtime::Crun, "/s").unwrap_err().to_string();
         assert!(error("[]").contains("wanted an object at the top, found a list"));
-        assert!(error("{}").contains("wanted a list of rules at syscalls, found nothing"));
-        assert!(error(r#"{"syscalls": [7]}"#).contains("wanted an object at syscalls[0], found a number"));
+        assert!(error("{}").contains("wanted a string at defaultAction, found nothing"));
         assert!(
-            error(r#"{"syscalls": [{"names": ["a"], "includes": {"minKernel": 4}}]}"#)
-                .contains("syscalls[0].includes.minKernel")
+            error(r#"{"defaultAction": "A"}"#).contains("wanted a list of rules at syscalls, found nothing")
         );
+        for (rule, wanted) in [
+            ("7", "wanted an object at syscalls[0], found a number"),
+            (r#"{"includes": {"minKernel": 4}}"#, "at syscalls[0].includes.minKernel, found 4"),
+            (
+                r#"{"includes": {"caps": "C"}}"#,
+                "wanted a list of strings at syscalls[0].includes.caps, found a string",
+            ),
+            (
+                r#"{"includes": {"cap": ["C"]}}"#,
+                "wanted only keys that locum knows at syscalls[0].includes, found \"cap\"",
+            ),
+            (r#"{"includes": ["C"]}"#, "wanted an object at syscalls[0].includes, found a list"),
+            (r#"{"Includes": {}}"#, "wanted only keys that locum knows at syscalls[0], found \"Includes\""),
+            (
+                r#"{"Names": ["open_by_handle_at"]}"#,
+                "wanted only keys that locum knows at syscalls[0], found \"Names\"",
+            ),
+            (r#"{"names": "a"}"#, "wanted a list of strings at syscalls[0].names, found a string"),
+            (r#"{"name": "a", "names": ["b"]}"#, "wanted either name or names at syscalls[0], found both"),
+            (r#"{"args": {}}"#, "wanted a list of objects at syscalls[0].args, found an object"),
+            (r#"{"errno": "ENOSYS"}"#, "wanted an errnoRet at syscalls[0], found only an errno"),
+            (
+                r#"{"action": "SCMP_ACT_NOTIFY"}"#,
+                "wanted no other listener's calls at syscalls[0], found SCMP_ACT_NOTIFY",
+            ),
+        ] {
+            let found = error(&format!(r#"{{"defaultAction": "A", "syscalls": [{rule}]}}"#));
+            assert!(found.contains(wanted), "for {rule}: {found}");
+        }
         assert!(error("{").contains("not JSON"));
     }
 }
