@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use locum_kernel::{Errno, confine, socket};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::SocketFlags;
-use rustix::process::{Resource, Rlimit};
 
 use crate::arrival::{Arrival, Refused};
 use crate::discard::Discarder;
@@ -43,9 +42,7 @@ pub enum KeeperError {
 pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<(), KeeperError> {
     let own = |what| move |error: Errno| KeeperError::Own(what, error.into());
     let owner = rustix::process::geteuid().as_raw();
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    // Refused only if the hard limit changed meanwhile; then the soft one stays.
-    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let limit = confine::raise_descriptor_limit();
     if owner == 0 {
         confine::drop_everything(KEEPER_ID, KEEPER_ID, &[]).map_err(KeeperError::Confine)?;
     }
@@ -57,7 +54,7 @@ pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<()
     let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = Arc::new(wake.map_err(own("make an eventfd"))?);
     let users = sockets.doors.len() - 1;
-    let table = usize::try_from(limit.maximum.unwrap_or(1 << 20)).unwrap_or(usize::MAX);
+    let table = usize::try_from(limit.unwrap_or(1 << 20)).unwrap_or(usize::MAX);
     sockets::unblock(sockets.control.as_fd()).map_err(own("prepare the control socket"))?;
     let mut doors = Vec::new();
     for (door, socket) in &sockets.doors {

@@ -1,7 +1,7 @@
 //! Giving up rights, for a whole process that has one thread yet.
 
 use rustix::fs::{Gid, Uid};
-use rustix::process::{DumpableBehavior, Signal};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::Errno;
@@ -47,6 +47,14 @@ pub fn die_with_parent(parent: u32) -> Result<bool, Errno> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     let now = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().cast_unsigned());
     Ok(now == parent)
+}
+
+/// Raises the process's limit of descriptors as far as it may, and returns it; `None`: there is none.
+pub fn raise_descriptor_limit() -> Option<u64> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // Refused only if the hard limit changed meanwhile; then the soft one stays.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    limit.maximum
 }
 
 /// Keeps other processes of the same user from tracing this one or reading its descriptors. A change of ids resets

@@ -21,7 +21,7 @@ pub fn serve(listener: &Listener) -> Result<(), Errno> {
         clear(&buffer);
         match listener.receive(&buffer) {
             Ok(()) => {}
-            Err(Errno::NOENT | Errno::INTR) if !hung_up(listener) => continue,
+            Err(Errno::NOENT | Errno::INTR) if !listener.has_ended() => continue,
             Err(_) => return Ok(()),
         }
         let Some(call) = Notification::load(&buffer) else { continue };
@@ -36,13 +36,6 @@ pub fn serve(listener: &Listener) -> Result<(), Errno> {
         };
         let _ = listener.send(call.id, answer.unwrap_or_else(Answer::Error));
     }
-}
-
-fn hung_up(listener: &Listener) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec};
-    let mut poll = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::empty())];
-    rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok()
-        && poll[0].revents().contains(PollFlags::HUP)
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "an int argument")]

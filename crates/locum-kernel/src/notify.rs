@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::retry_on_intr;
 
 use crate::Errno;
@@ -193,6 +194,22 @@ impl Listener {
             // SAFETY: ADDFD reads one `struct seccomp_notif_addfd` at this address, which lives until the call returns.
             check(unsafe { libc::ioctl(self.raw(), ioctl::ADDFD, &raw const request) })
         })
+    }
+
+    /// Whether the last user of the filter is gone: POLLHUP, and nothing else, ends a listener.
+    pub fn has_ended(&self) -> bool {
+        self.is_told(PollFlags::empty(), PollFlags::HUP)
+    }
+
+    /// Whether a call waits to be received.
+    pub fn is_queued(&self) -> bool {
+        self.is_told(PollFlags::IN, PollFlags::IN)
+    }
+
+    fn is_told(&self, asked: PollFlags, wanted: PollFlags) -> bool {
+        let mut polled = [PollFd::new(&self.0, asked)];
+        let told = retry_on_intr(|| rustix::event::poll(&mut polled, Some(&Timespec::default())));
+        told.is_ok() && polled[0].revents().contains(wanted)
     }
 
     /// Lets a caller's wake-up of the receiver, and the answer's of the caller, happen on the same processor (6.6).

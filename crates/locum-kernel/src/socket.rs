@@ -1,6 +1,13 @@
-//! Who is at the other end of a Unix socket.
+//! Unix sockets: who is at the other end, and single descriptors through them.
 
-use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
 
 use crate::Errno;
 
@@ -29,6 +36,32 @@ pub fn peer_process(socket: impl AsFd) -> Result<OwnedFd, Errno> {
     option(&socket, SO_PEERPIDFD, &mut fd)?;
     // SAFETY: SO_PEERPIDFD succeeded, so this is a descriptor that was made for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends `bytes`, and a copy of `fd` with them. EAGAIN: a socket that does not block is full.
+pub fn send_with(socket: impl AsFd, bytes: &[u8], fd: BorrowedFd<'_>) -> Result<usize, Errno> {
+    let fds = [fd];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+}
+
+/// Receives into `bytes`: how many came, and the descriptor that came with them.
+pub fn receive_with(
+    socket: impl AsFd,
+    bytes: &mut [u8],
+    flags: RecvFlags,
+) -> Result<(usize, Option<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok((message.bytes, fd))
 }
 
 /// `SO_PEERPIDFD` (`asm-generic/socket.h`).

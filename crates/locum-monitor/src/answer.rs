@@ -69,7 +69,7 @@ impl Post<'_> {
 
     /// The file that waits in the park of `slot` for the call `id`.
     pub(crate) fn parked(&self, slot: &Slot, id: CallId) -> Option<OwnedFd> {
-        self.served.park(slot.index(), &self.session.shared).ok()?.look(id)
+        self.served.known_park(slot.index())?.look(id)
     }
 
     fn write(&self, id: CallId, caller: &Arc<Caller>, written: &Written) -> Result<(), Errno> {
@@ -105,13 +105,16 @@ impl Post<'_> {
         close_on_exec: bool,
         kept: Option<Undelivered>,
     ) -> Option<Slot> {
-        let park = match self.served.park(slot.index(), &self.session.shared) {
+        let park = self.served.park(slot.index(), &self.session.shared);
+        let park = match park.and_then(|park| park.put(call.id, file.as_fd()).map(|()| park)) {
             Ok(park) => park,
-            Err(error) => return Some(self.give_up(slot, call, error)),
+            Err(error) => {
+                if let Some(kept) = kept {
+                    self.session.keep(kept);
+                }
+                return Some(self.give_up(slot, call, error));
+            }
         };
-        if let Err(error) = park.put(call.id, file.as_fd()) {
-            return Some(self.give_up(slot, call, error));
-        }
         slot.parked();
         let there = kept.as_ref().and_then(|kept| kept.descriptor);
         let there = there.filter(|fd| caller.thread.has(*fd, file.as_fd()) == Ok(true));

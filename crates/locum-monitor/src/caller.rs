@@ -1,11 +1,13 @@
 //! The threads that call, held and remembered.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use locum_kernel::Errno;
 use locum_kernel::memory::AddressSpace;
 use locum_kernel::process::{Ids, Status, Thread};
+
+use crate::session::lock;
 
 /// Threads that one session remembers; each costs four descriptors.
 const REMEMBERED: usize = 128;
@@ -33,8 +35,8 @@ impl Caller {
     }
 
     /// Waits until no other worker is about a call of this thread.
-    pub(crate) fn turn(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.busy)
     }
 
     /// The ids with which the thread opens files now.
@@ -60,7 +62,7 @@ pub(crate) struct Callers(Mutex<HashMap<u32, Arc<Caller>>>);
 impl Callers {
     /// Whoever has the id `tid` now. ENOENT or ESRCH: nobody.
     pub(crate) fn meet(&self, tid: u32) -> Result<Arc<Caller>, Errno> {
-        let known = self.lock().get(&tid).cloned();
+        let known = lock(&self.0).get(&tid).cloned();
         if let Some(caller) = known {
             if caller.thread.lives() {
                 return Ok(caller);
@@ -69,7 +71,7 @@ impl Callers {
         }
         let caller = Arc::new(Caller::meet(tid)?);
         if caller.lasts() {
-            let mut known = self.lock();
+            let mut known = lock(&self.0);
             if known.len() >= REMEMBERED {
                 known.retain(|_, caller| caller.thread.lives());
             }
@@ -83,11 +85,6 @@ impl Callers {
 
     /// Has the thread `tid` looked at anew the next time: it changed its address space.
     pub(crate) fn forget(&self, tid: u32) {
-        self.lock().remove(&tid);
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Arc<Caller>>> {
-        // Each change of the map is one call: a panic elsewhere leaves it whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0).remove(&tid);
     }
 }

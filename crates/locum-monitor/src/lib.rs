@@ -35,7 +35,6 @@ use locum_keeper::{RuntimeDir, client::ClientError};
 use locum_kernel::Errno;
 use locum_policy::Policy;
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Resource, Rlimit};
 
 pub use keys::{KeyError, KeyId, Keys};
 
@@ -181,9 +180,9 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         let parsed = locum_policy::parse(&path.to_string_lossy(), &text)?;
         policies.extend(parsed.into_iter().map(|policy| (policy.name.clone(), policy)));
     }
-    raise_descriptor_limit();
+    locum_kernel::confine::raise_descriptor_limit();
     credentials::limit_process().map_err(|source| MonitorError::Rights {
-        needed: "CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH, CAP_SYS_CHROOT, CAP_SETUID, CAP_SETGID and CAP_SETPCAP",
+        needed: "CAP_SYS_PTRACE, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SYS_CHROOT, CAP_SETUID, CAP_SETGID and CAP_SETPCAP",
         source,
     })?;
     match config.parent.map(locum_kernel::confine::die_with_parent) {
@@ -209,15 +208,6 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         ending: Mutex::default(),
         connected: AtomicU64::new(0),
     })
-}
-
-fn raise_descriptor_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    // Refused only if the hard limit changed meanwhile; then the soft one stays.
-    let _ = rustix::process::setrlimit(
-        Resource::Nofile,
-        Rlimit { current: limit.maximum, maximum: limit.maximum },
-    );
 }
 
 /// Waits until a keeper takes us.

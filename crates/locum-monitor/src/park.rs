@@ -1,16 +1,11 @@
 //! A place where an open file waits while it is handed over, outside every process that may die: a socket of which the
 //! keeper holds a copy.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use locum_kernel::Errno;
 use locum_kernel::notify::CallId;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-};
+use locum_kernel::{Errno, socket};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
 /// One such place, that of one slot for one listener.
 #[derive(Debug)]
@@ -42,13 +37,7 @@ impl Park {
 
     /// Puts `file` there, for the call `id`.
     pub(crate) fn put(&self, id: CallId, file: BorrowedFd<'_>) -> Result<(), Errno> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let files = [file];
-        control.push(SendAncillaryMessage::ScmRights(&files));
-        let id = id.0.to_ne_bytes();
-        rustix::net::sendmsg(&self.near, &[IoSlice::new(&id)], &mut control, SendFlags::NOSIGNAL)?;
-        Ok(())
+        socket::send_with(&self.near, &id.0.to_ne_bytes(), file).map(drop)
     }
 
     /// A copy of the file that waits for the call `id`, which goes on waiting. Whatever waits before it, for calls that
@@ -74,17 +63,9 @@ impl Park {
     }
 
     fn receive(&self, flags: RecvFlags) -> Option<(CallId, Option<OwnedFd>)> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut id = [0; 8];
-        let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let message =
-            rustix::net::recvmsg(&self.far, &mut [IoSliceMut::new(&mut id)], &mut control, flags).ok()?;
-        let file = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-            _ => None,
-        });
-        (message.bytes > 0).then_some((CallId(u64::from_ne_bytes(id)), file))
+        let (bytes, file) = socket::receive_with(&self.far, &mut id, flags).ok()?;
+        (bytes > 0).then_some((CallId(u64::from_ne_bytes(id)), file))
     }
 }
 

@@ -57,7 +57,7 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     for slot in over {
         if let Some(slot) = keep_withdrawn(session, served, slot, &waiting) {
             slot.settle();
-            if let Ok(park) = served.park(slot.index(), &session.shared) {
+            if let Some(park) = served.known_park(slot.index()) {
                 park.clear();
             }
         }
@@ -76,7 +76,7 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
         return Some(slot);
     }
     let since = if left.stage == Stage::Undelivered { left.since } else { now_ms() };
-    let Ok(park) = served.park(slot.index(), &session.shared) else { return Some(slot) };
+    let Some(park) = served.known_park(slot.index()) else { return Some(slot) };
     let Some(file) = park.look(left.call.id) else { return Some(slot) };
     let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
     let is_same_thread = left.caller_started == caller.started;

@@ -12,7 +12,6 @@ use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, Notification};
 use locum_kernel::process::Thread;
 use locum_policy::Policy;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Shared;
 use crate::audit::Audit;
@@ -38,6 +37,9 @@ pub(crate) struct Granted {
     pub(crate) first: Option<Thread>,
     exports: OnceLock<Vec<Export>>,
 }
+
+/// After so many milliseconds without a new worker, those that are too many leave.
+const CALM_MS: u64 = 1000;
 
 /// One session.
 #[derive(Debug)]
@@ -243,8 +245,18 @@ impl Served {
         self.delivery.listener.0
     }
 
+    /// Whether the workers that are too many may leave: none was added of late.
+    pub(crate) fn is_calm(&self) -> bool {
+        now_ms().saturating_sub(self.grown.load(Ordering::Relaxed)) > CALM_MS
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// The park of `slot`, if there is one.
+    pub(crate) fn known_park(&self, slot: u32) -> Option<Arc<Park>> {
+        lock(&self.parks).get(&slot).cloned()
     }
 
     /// The park of `slot`, made and shown to the keeper when it is first needed.
@@ -284,20 +296,4 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) fn now_ms() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
-}
-
-/// Whether the listener's last user is gone.
-pub(crate) fn hung_up(listener: &Listener) -> bool {
-    told(listener, PollFlags::empty(), PollFlags::HUP)
-}
-
-/// Whether a call waits to be received.
-pub(crate) fn is_queued(listener: &Listener) -> bool {
-    told(listener, PollFlags::IN, PollFlags::IN)
-}
-
-fn told(listener: &Listener, asked: PollFlags, wanted: PollFlags) -> bool {
-    let mut polled = [PollFd::new(listener, asked)];
-    let told = rustix::io::retry_on_intr(|| poll(&mut polled, Some(&Timespec::default())));
-    told.is_ok() && polled[0].revents().contains(wanted)
 }

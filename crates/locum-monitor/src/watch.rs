@@ -97,7 +97,7 @@ fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) -> bool {
     for watch in &watches {
         let Some((call, lasted)) = watch.busy(now) else {
             all_late = false;
-            if served.has_ended() || served.idle.load(Ordering::Relaxed) > 1 {
+            if served.has_ended() || (served.idle.load(Ordering::Relaxed) > 1 && served.is_calm()) {
                 // It finds out by itself whether it has to leave.
                 let _ = signal::interrupt(watch.tid);
             }

@@ -17,11 +17,9 @@ use crate::caller::Caller;
 use crate::calls::Outcome;
 use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::recovery;
-use crate::session::{Served, Session, Undelivered, hung_up, is_queued, lock, now_ms};
+use crate::session::{Served, Session, Undelivered, lock, now_ms};
 use crate::watch::Watch;
 
-/// After so many milliseconds without a new worker, those that are too many leave.
-const CALM_MS: u64 = 1000;
 /// Enough for the deepest handler, with room for a panic's message.
 const STACK: usize = 256 * 1024;
 
@@ -51,7 +49,7 @@ pub(crate) fn grow(session: &Arc<Session>, served: &Arc<Served>) {
     let limit = session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
     let is_short =
         served.idle.load(Ordering::Acquire) == 0 && session.workers.load(Ordering::Relaxed) < limit;
-    if is_short && is_queued(&served.listener) {
+    if is_short && served.listener.is_queued() {
         start(session, served, None);
     }
 }
@@ -143,7 +141,7 @@ impl Worker {
                 Ok(next) => slot = next,
                 Err(leave) => return leave,
             }
-            if others > 0 && self.is_calm() {
+            if others > 0 && self.served.is_calm() {
                 slot.settle();
                 return Leave::ForGood;
             }
@@ -156,18 +154,14 @@ impl Worker {
             return true;
         }
         match error {
-            Errno::INTR => others > 0 && self.is_calm(),
+            Errno::INTR => others > 0 && self.served.is_calm(),
             // A caller that went away, or (6.11) the last of them.
-            Errno::NOENT => hung_up(&self.served.listener),
+            Errno::NOENT => self.served.listener.has_ended(),
             error => {
                 tracing::error!(session = self.session.id, "cannot receive calls: {error}");
                 true
             }
         }
-    }
-
-    fn is_calm(&self) -> bool {
-        now_ms().saturating_sub(self.served.grown.load(Ordering::Relaxed)) > CALM_MS
     }
 
     /// Carries out the call in `slot` and answers it. Returns the slot to go on with.
@@ -242,11 +236,13 @@ impl Worker {
     /// A caller that cannot be looked at: gone, or somewhere that this monitor does not see.
     fn fail_unmet(&self, call: &Notification, error: Errno) {
         if self.served.listener.still_waits(call.id) {
-            tracing::warn!(
-                session = self.session.id,
-                tid = call.tid,
-                "cannot look at the caller: {error}; EIO"
-            );
+            self.session.audit.tell(&self.session.id, || {
+                tracing::warn!(
+                    session = self.session.id,
+                    tid = call.tid,
+                    "cannot look at the caller: {error}; EIO"
+                );
+            });
             self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
             let post = Post { session: &self.session, served: &self.served };
             post.send(call.id, Answer::Error(Errno::IO));
@@ -263,8 +259,15 @@ impl Worker {
             recovery::Repair::HandOver(file) => {
                 self.watch.begin(call.id);
                 let slot = match self.session.callers.meet(call.tid) {
-                    Ok(caller) => post.hand_over_again(slot, left, &caller, file),
-                    Err(_) => Some(slot),
+                    Ok(caller) => {
+                        let _turn = caller.turn();
+                        post.hand_over_again(slot, left, &caller, file)
+                    }
+                    Err(error) => {
+                        self.fail_unmet(&call, error);
+                        slot.settle();
+                        Some(slot)
+                    }
                 };
                 self.watch.end();
                 slot.or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)

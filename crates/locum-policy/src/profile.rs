@@ -12,7 +12,7 @@ use crate::policy::Policy;
 pub enum Runtime {
     /// crun: `linux.seccomp` of an OCI config.json, with WAIT_KILLABLE_RECV.
     Crun,
-    /// runc: the same without flags, of which it knows none before 1.2.
+    /// runc: the same without flags. 1.1 refuses any, and none before 1.5 knows this one.
     Runc,
     /// `podman --security-opt seccomp=FILE`: the format of the base. No flags: podman passes them on, but its runtime may be
     /// runc, which then starts nothing.

@@ -1,8 +1,7 @@
 //! `locum confined`: what `locum run` starts, and what becomes CMD.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -15,10 +14,7 @@ use locum_kernel::filter::{Filter, Wait};
 use locum_kernel::notify::Listener;
 use locum_kernel::{Errno, arch, confine};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
-    SocketType,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// For `locum run`: gives up all rights, hands the listener of its filter to the front door, becomes CMD.
 #[derive(clap::Args)]
@@ -120,12 +116,7 @@ fn deliver(door: &OwnedFd, listener: &Listener, args: &Args) -> anyhow::Result<(
         "state": {"ociVersion": "1.0.2", "id": args.id, "status": "creating", "pid": pid, "bundle": "/"},
     })
     .to_string();
-    let fds = [listener.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    let sent =
-        rustix::net::sendmsg(door, &[IoSlice::new(state.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
+    let sent = locum_kernel::socket::send_with(door, state.as_bytes(), listener.as_fd())?;
     // A stream socket takes a message of this size whole, or the keeper is not reading.
     anyhow::ensure!(sent == state.len(), "the front door took {sent} bytes of {}", state.len());
     Ok(())

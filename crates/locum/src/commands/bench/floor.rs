@@ -1,8 +1,6 @@
 //! The floor: the same caller, answered by the fewest system calls that can do it.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,11 +8,8 @@ use std::process::{Command, Stdio};
 use anyhow::Context as _;
 use locum_kernel::filter::{Filter, Wait};
 use locum_kernel::notify::Listener;
-use locum_kernel::{Errno, arch};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
-};
+use locum_kernel::{Errno, arch, socket};
+use rustix::net::RecvFlags;
 
 use super::caller::Times;
 
@@ -27,11 +22,7 @@ pub(super) fn hand_over(sock: &UnixStream) -> anyhow::Result<()> {
         Err(Errno::INVAL) => filter.install(Wait::Interruptible)?,
         installed => installed?,
     };
-    let fds = [listener.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    control.push(SendAncillaryMessage::ScmRights(&fds));
-    rustix::net::sendmsg(sock, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL)?;
+    socket::send_with(sock, b"L", listener.as_fd())?;
     Ok(())
 }
 
@@ -48,25 +39,12 @@ pub(super) fn round(dir: &Path, folder: &Path, calls: usize) -> anyhow::Result<T
         .spawn()?;
     let (sock, _) = door.accept()?;
     std::fs::remove_file(&path)?;
-    let listener = Listener::try_from(receive(&sock)?)?;
+    let (_, listener) = socket::receive_with(&sock, &mut [0], RecvFlags::empty())?;
+    let listener = Listener::try_from(listener.context("the floor's caller sent no listener")?)?;
     // Not on kernels before 6.6; locum does the same.
     let _ = listener.wake_synchronously();
     let served = std::thread::spawn(move || locum_kernel::floor::serve(&listener));
     let output = child.wait_with_output()?;
     served.join().map_err(|_| anyhow::anyhow!("the floor panicked"))??;
     serde_json::from_slice(&output.stdout).context("the floor's caller failed")
-}
-
-fn receive(sock: &UnixStream) -> anyhow::Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    rustix::net::recvmsg(sock, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    control
-        .drain()
-        .find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-            _ => None,
-        })
-        .context("the floor's caller sent no listener")
 }
