@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::dir::RuntimeDir;
 use crate::frame::{self, FrameError, Inbox, Progress};
-use crate::protocol::{Delivery, FromKeeper, ListenerId, PROTOCOL, Report, Role, ToKeeper};
+use crate::protocol::{Delivery, FromKeeper, ListenerId, PROTOCOL, Report, Role, SessionId, ToKeeper};
 
 /// How a monitor introduces itself.
 #[derive(Clone, Debug)]
@@ -61,6 +61,11 @@ pub enum Event {
     Ended {
         /// Which.
         listener: ListenerId,
+    },
+    /// Every lease that the keeper had for this monitor has been told, when [`Connection::ask`] asked.
+    Told {
+        /// What the keeper holds, whoever has the lease.
+        sessions: Vec<SessionId>,
     },
     /// The keeper is gone.
     Lost,
@@ -174,6 +179,9 @@ impl Connection {
                 Ok(Event::Lease { delivery, listener, parks })
             }
             FromKeeper::Ended { listener } => Ok(Event::Ended { listener }),
+            FromKeeper::Status(report) => {
+                Ok(Event::Told { sessions: report.sessions.into_iter().map(|session| session.id).collect() })
+            }
             other => Err(ClientError::Misspoken(format!("wanted a lease or an end, found {other:?}"))),
         }
     }
@@ -190,6 +198,11 @@ impl Connection {
         let ends = parks.iter().flat_map(|park| [park.near.as_fd(), park.far.as_fd()]);
         let descriptors: Vec<_> = [listener.as_fd()].into_iter().chain(ends).collect();
         self.send(&ToKeeper::Fill { delivery: delivery.clone(), slots }, &descriptors)
+    }
+
+    /// Asks what the keeper holds; the answer comes behind all that it had to tell before.
+    pub fn ask(&self) -> Result<(), ClientError> {
+        self.send(&ToKeeper::Status { when_monitored: false }, &[])
     }
 
     fn send(&self, message: &ToKeeper, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {

@@ -182,11 +182,26 @@ impl Listener {
         fd: BorrowedFd<'_>,
         close_on_exec: bool,
     ) -> Result<RawFd, Errno> {
+        self.add(id, fd, None, close_on_exec)
+    }
+
+    /// The same under `number`, close-on-exec, in place of what may be there. EBADF: the number is beyond the caller's limit.
+    pub fn add_descriptor_at(&self, id: CallId, fd: BorrowedFd<'_>, number: RawFd) -> Result<RawFd, Errno> {
+        self.add(id, fd, Some(number), true)
+    }
+
+    fn add(
+        &self,
+        id: CallId,
+        fd: BorrowedFd<'_>,
+        number: Option<RawFd>,
+        close_on_exec: bool,
+    ) -> Result<RawFd, Errno> {
         let request = libc::seccomp_notif_addfd {
             id: id.0,
-            flags: 0,
+            flags: if number.is_some() { SETFD } else { 0 },
             srcfd: fd.as_raw_fd().cast_unsigned(),
-            newfd: 0,
+            newfd: number.unwrap_or(0).cast_unsigned(),
             newfd_flags: if close_on_exec { libc::O_CLOEXEC.cast_unsigned() } else { 0 },
         };
         // Interrupted, the kernel takes its request back, or says what became of it if the caller was faster.
@@ -243,6 +258,8 @@ pub fn sizes_fit() -> Result<bool, Errno> {
     answer.map_err(Errno::from_raw_os_error)
 }
 
+/// `SECCOMP_ADDFD_FLAG_SETFD` (5.9).
+const SETFD: u32 = 1;
 /// `SECCOMP_USER_NOTIF_FLAG_CONTINUE` (5.5).
 const CONTINUE: u32 = 1;
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` (6.6).

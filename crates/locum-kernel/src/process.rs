@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
@@ -111,19 +111,24 @@ impl Thread {
         Ok(owner)
     }
 
-    /// Whether the thread has as many descriptors as it may have.
-    pub fn table_is_full(&self) -> Result<bool, Errno> {
+    /// How many descriptors the thread may have: the soft RLIMIT_NOFILE.
+    pub fn descriptor_limit(&self) -> Result<RawFd, Errno> {
         let limits = self.read(c"limits")?;
         let soft = limits
             .lines()
             .find_map(|line| line.strip_prefix("Max open files")?.split_ascii_whitespace().next());
         // "unlimited" is more than a table can hold.
-        let Some(limit) = soft.and_then(|soft| soft.parse::<usize>().ok()) else { return Ok(false) };
+        Ok(soft.and_then(|soft| soft.parse().ok()).unwrap_or(RawFd::MAX))
+    }
+
+    /// Whether the thread has as many descriptors as it may have.
+    pub fn table_is_full(&self) -> Result<bool, Errno> {
+        let limit = self.descriptor_limit()?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let table = rustix::fs::Dir::new(rustix::fs::openat(&self.proc, c"fd", flags, Mode::empty())?)?;
-        let number = |entry: rustix::fs::DirEntry| entry.file_name().to_str().ok()?.parse::<usize>().ok();
+        let number = |entry: rustix::fs::DirEntry| entry.file_name().to_str().ok()?.parse::<RawFd>().ok();
         let below = table.filter_map(|entry| entry.ok().and_then(number)).filter(|fd| *fd < limit);
-        Ok(below.count() >= limit)
+        Ok(below.count() >= usize::try_from(limit).unwrap_or(0))
     }
 
     /// Looks for the open file `ours` in the thread's table and returns its number there.
@@ -145,6 +150,44 @@ impl Thread {
             }
         }
         Ok(None)
+    }
+
+    /// Looks in the thread's table for a file with this [`Mark`], the same one as `like` and opened in the same way. Returns its
+    /// number there and a copy.
+    pub fn find_marked(
+        &self,
+        mark: Mark,
+        like: BorrowedFd<'_>,
+        close_on_exec: bool,
+    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
+        let (wanted, flags) = (rustix::fs::fstat(like)?, rustix::fs::fcntl_getfl(like)?);
+        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
+        for entry in rustix::fs::Dir::read_from(&table)? {
+            let entry = entry?;
+            let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let found = rustix::fs::statat(&table, entry.file_name(), rustix::fs::AtFlags::empty());
+            let is_same =
+                |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
+            if !found.is_ok_and(is_same) {
+                continue;
+            }
+            // Whatever the workload closes meanwhile was not what is looked for.
+            let Ok(copy) = self.descriptor(fd) else { continue };
+            let closes = || self.closes_on_exec(fd) == Some(close_on_exec);
+            if mark.is_on(copy.as_fd()) && rustix::fs::fcntl_getfl(&copy) == Ok(flags) && closes() {
+                return Ok(Some((fd, copy)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn closes_on_exec(&self, fd: RawFd) -> Option<bool> {
+        let text = self.read(&std::ffi::CString::new(format!("fdinfo/{fd}")).ok()?).ok()?;
+        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        Some(u32::from_str_radix(flags.trim(), 8).ok()? & OFlags::CLOEXEC.bits() != 0)
     }
 
     /// Whether the thread's descriptor `fd` is the open file `ours`.
@@ -169,6 +212,45 @@ impl Thread {
         read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::SRCH))?;
         // A thread may name itself with any bytes.
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+/// `F_SETSIG` and `F_GETSIG` (`linux/fcntl.h`).
+const SET_SIGNAL: libc::c_int = 10;
+const GET_SIGNAL: libc::c_int = 11;
+
+/// What an open file is known by in whatever table it is: the signal that it would send if it were asked to send any (`F_SETSIG`),
+/// which it is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark(libc::c_int);
+
+impl Mark {
+    /// How many there are: one for each signal.
+    pub const COUNT: u32 = 64;
+
+    /// The mark number `index`, counted from 0, modulo [`Self::COUNT`].
+    pub fn new(index: u32) -> Self {
+        Self((index % Self::COUNT).cast_signed() + 1)
+    }
+
+    /// Puts the mark on `file`. EBADF: an `O_PATH` descriptor.
+    pub fn put(self, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        Self::set(file, self.0)
+    }
+
+    /// Takes whatever mark is on `file` from it.
+    pub fn remove(file: BorrowedFd<'_>) -> Result<(), Errno> {
+        Self::set(file, 0)
+    }
+
+    fn set(file: BorrowedFd<'_>, signal: libc::c_int) -> Result<(), Errno> {
+        // SAFETY: F_SETSIG takes a number and touches no memory of ours.
+        crate::notify::check(unsafe { libc::fcntl(file.as_raw_fd(), SET_SIGNAL, signal) }).map(drop)
+    }
+
+    fn is_on(self, file: BorrowedFd<'_>) -> bool {
+        // SAFETY: F_GETSIG takes nothing and touches no memory of ours.
+        unsafe { libc::fcntl(file.as_raw_fd(), GET_SIGNAL) == self.0 }
     }
 }
 
@@ -260,9 +342,23 @@ fn compare(
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd as _;
-
     use super::*;
+
+    #[test]
+    fn a_marked_file_is_found_among_others_of_the_same_name() {
+        let own = Thread::hold(std::process::id()).unwrap();
+        let open = || std::fs::File::open("/proc/version").unwrap();
+        let (others, marked) = ([open(), open()], open());
+        let find = |mark| own.find_marked(mark, others[0].as_fd(), true).unwrap();
+        assert!(find(Mark::new(3)).is_none());
+        Mark::new(3).put(marked.as_fd()).unwrap();
+        let (number, copy) = find(Mark::new(3)).unwrap();
+        assert_eq!(number, marked.as_raw_fd());
+        assert!(find(Mark::new(4)).is_none());
+        assert!(own.find_marked(Mark::new(3), others[0].as_fd(), false).unwrap().is_none());
+        Mark::remove(copy.as_fd()).unwrap();
+        assert!(find(Mark::new(3)).is_none());
+    }
 
     #[test]
     fn a_thread_that_does_not_lead_its_group_is_held() {

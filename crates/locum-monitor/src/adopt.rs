@@ -14,6 +14,7 @@ use locum_policy::{Metadata, Policy, State, Subject};
 
 use crate::Shared;
 use crate::keys::KeyId;
+use crate::lifeline;
 use crate::record::{Process, Record, RecordError, VERSION};
 use crate::recovery;
 use crate::session::{Granted, Served, Session, lock};
@@ -72,6 +73,7 @@ pub(crate) fn end(shared: &Shared, listener: ListenerId) {
         for watch in lock(&served.watches).iter() {
             let _ = signal::interrupt(watch.tid());
         }
+        lifeline::forget(shared, &session.id, listener);
         lock(&shared.ending).push(served);
         if is_last {
             lock(&shared.sessions).remove(&session.id);

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
 use locum_kernel::notify::{Answer, CallId, Notification};
+use locum_kernel::process::Mark;
 use rustix::fs::OFlags;
 
 use crate::caller::Caller;
@@ -21,7 +22,8 @@ pub(crate) struct Post<'a> {
 
 impl Post<'_> {
     /// Has `outcome` happen to the caller. `kept` is the earlier result that it stands for. `None`: the slot stays behind
-    /// with a result that could not be delivered.
+    /// with a result that could not be delivered. `was_begun`: a monitor that died, and its park with the keeper, may have
+    /// installed the file already.
     pub(crate) fn deliver(
         &self,
         slot: Slot,
@@ -29,10 +31,13 @@ impl Post<'_> {
         caller: &Arc<Caller>,
         outcome: Outcome,
         kept: Option<Undelivered>,
+        was_begun: bool,
     ) -> Option<Slot> {
         let answer = match outcome {
             Outcome::Give { file, close_on_exec } => {
-                return self.give(slot, call, caller, file, close_on_exec, kept);
+                let found = was_begun.then(|| find_lost(&slot, caller, &file, close_on_exec)).flatten();
+                let (there, file) = found.map_or((None, file), |(number, file)| (Some(number), file));
+                return self.give(slot, call, caller, (file, close_on_exec, there), kept);
             }
             Outcome::Decline => Answer::Continue,
             Outcome::Fail(error) => Answer::Error(error),
@@ -101,8 +106,7 @@ impl Post<'_> {
         slot: Slot,
         call: &Notification,
         caller: &Caller,
-        file: OwnedFd,
-        close_on_exec: bool,
+        (file, close_on_exec, there): (OwnedFd, bool, Option<RawFd>),
         kept: Option<Undelivered>,
     ) -> Option<Slot> {
         let park = self.served.park(slot.index(), &self.session.shared);
@@ -116,7 +120,7 @@ impl Post<'_> {
             }
         };
         slot.parked();
-        let there = kept.as_ref().and_then(|kept| kept.descriptor);
+        let there = there.or_else(|| kept.as_ref().and_then(|kept| kept.descriptor));
         let there = there.filter(|fd| caller.thread.has(*fd, file.as_fd()) == Ok(true));
         if let Some(kept) = kept {
             // Noted in this slot first: no moment at which the caller's number is nowhere.
@@ -125,8 +129,7 @@ impl Post<'_> {
             }
             kept.settle();
         }
-        let number = there
-            .map_or_else(|| self.served.listener.add_descriptor(call.id, file.as_fd(), close_on_exec), Ok);
+        let number = there.map_or_else(|| self.install(&slot, call.id, &file, close_on_exec), Ok);
         self.finish(slot, call, caller.started, file, &park, number)
     }
 
@@ -147,11 +150,17 @@ impl Post<'_> {
             Ok(Some(number)) => Ok(number),
             Ok(None) => {
                 let flags = OFlags::from_bits_retain(int(call.args[2]).cast_unsigned());
-                self.served.listener.add_descriptor(call.id, file.as_fd(), flags.contains(OFlags::CLOEXEC))
+                self.install(&slot, call.id, &file, flags.contains(OFlags::CLOEXEC))
             }
             Err(error) => Err(error),
         };
         self.finish(slot, call, caller.started, file, &park, number)
+    }
+
+    /// Puts `file` into the caller's table. Marked, it is found there even if its park is lost before its number is noted.
+    fn install(&self, slot: &Slot, id: CallId, file: &OwnedFd, close_on_exec: bool) -> Result<RawFd, Errno> {
+        Mark::new(slot.index()).put(file.as_fd())?;
+        self.served.listener.add_descriptor(id, file.as_fd(), close_on_exec)
     }
 
     fn finish(
@@ -166,6 +175,8 @@ impl Post<'_> {
         let withdrawn = match number {
             Ok(number) => {
                 slot.installed(number);
+                // It is one that takes marks.
+                let _ = Mark::remove(file.as_fd());
                 slot.sending();
                 if self.send(call.id, Answer::Value(i64::from(number))) {
                     slot.settle();
@@ -216,6 +227,12 @@ impl Post<'_> {
         slot.settle();
         slot
     }
+}
+
+/// What a monitor installed from `slot` before it died and its park was lost.
+fn find_lost(slot: &Slot, caller: &Caller, like: &OwnedFd, close_on_exec: bool) -> Option<(RawFd, OwnedFd)> {
+    let mark = Mark::new(slot.index());
+    caller.thread.find_marked(mark, like.as_fd(), close_on_exec).ok().flatten()
 }
 
 /// The number under which the caller has `file`, if it has it.

@@ -13,6 +13,7 @@ mod exports;
 #[cfg(debug_assertions)]
 mod fault;
 mod keys;
+mod lifeline;
 mod park;
 pub mod parts;
 mod record;
@@ -239,14 +240,20 @@ fn fill(shared: &Shared, connection: &Connection) {
     for session in shared.sessions() {
         let served: Vec<_> = lock(&session.served).values().cloned().collect();
         for served in served {
-            let filled = served
-                .parks()
-                .map_err(ClientError::from)
-                .and_then(|parks| connection.fill(&served.delivery, &served.listener, &parks));
-            if let Err(error) = filled {
-                tracing::warn!(session = session.id, "the keeper was not handed a listener: {error}");
-            }
+            fill_one(connection, &session, &served);
         }
+    }
+    // What a connection does not take, its end tells.
+    let _ = connection.ask();
+}
+
+fn fill_one(connection: &Connection, session: &Session, served: &Served) {
+    let filled = served
+        .parks()
+        .map_err(ClientError::from)
+        .and_then(|parks| connection.fill(&served.delivery, &served.listener, &parks));
+    if let Err(error) = filled {
+        tracing::warn!(session = session.id, "the keeper was not handed a listener: {error}");
     }
 }
 
@@ -256,6 +263,7 @@ fn serve(shared: &Arc<Shared>, connection: &Connection) {
         match connection.receive() {
             Ok(Event::Lease { delivery, listener, parks }) => adopt::adopt(shared, delivery, listener, parks),
             Ok(Event::Ended { listener }) => adopt::end(shared, listener),
+            Ok(Event::Told { sessions }) => lifeline::take_back(shared, connection, &sessions),
             Ok(Event::Lost) => return,
             Err(error) => {
                 tracing::warn!("the keeper cannot be understood: {error}");

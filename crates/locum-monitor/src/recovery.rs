@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
+use locum_kernel::process::Thread;
 
 use crate::answer::find;
 use crate::calls::CutOff;
@@ -47,6 +48,17 @@ pub(crate) fn decide(left: &Left, parked: Option<OwnedFd>) -> Repair {
     }
 }
 
+/// The file of a hand-over whose park was lost together with the keeper, from the table of the caller, which has it already.
+pub(crate) fn installed(left: &Left) -> Option<OwnedFd> {
+    if !matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered) || left.descriptor < 0 {
+        return None;
+    }
+    let caller = Thread::hold(left.call.tid).ok()?;
+    (caller.start_time() == Ok(left.caller_started))
+        .then(|| caller.descriptor(left.descriptor).ok())
+        .flatten()
+}
+
 /// Goes through what dead monitors left of `served`: each call that still waits gets a worker, which settles it.
 pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     let (waiting, over): (Vec<Slot>, Vec<Slot>) = Slot::take_left(&session.journal, served.id())
@@ -76,8 +88,8 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
         return Some(slot);
     }
     let since = if left.stage == Stage::Undelivered { left.since } else { now_ms() };
-    let Some(park) = served.known_park(slot.index()) else { return Some(slot) };
-    let Some(file) = park.look(left.call.id) else { return Some(slot) };
+    let Ok(park) = served.park(slot.index(), &session.shared) else { return Some(slot) };
+    let Some(file) = park.look(left.call.id).or_else(|| installed(&left)) else { return Some(slot) };
     let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
     let is_same_thread = left.caller_started == caller.started;
     if !is_same_thread || now_ms().saturating_sub(since) >= KEPT_MS {

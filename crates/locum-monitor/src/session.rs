@@ -18,6 +18,7 @@ use crate::audit::Audit;
 use crate::caller::{Caller, Callers};
 use crate::exports::Export;
 use crate::keys::KeyId;
+use crate::lifeline::Lifeline;
 use crate::park::Park;
 use crate::record::{FoundExport, Record};
 use crate::watch::Watch;
@@ -72,6 +73,7 @@ pub(crate) struct Served {
     /// When the last worker was added, in milliseconds since boot.
     pub(crate) grown: AtomicU64,
     pub(crate) watches: Mutex<Vec<Arc<Watch>>>,
+    pub(crate) lifeline: Lifeline,
     parks: Mutex<HashMap<u32, Arc<Park>>>,
 }
 
@@ -236,6 +238,7 @@ impl Served {
             has_reserve: AtomicBool::new(false),
             grown: AtomicU64::new(0),
             watches: Mutex::default(),
+            lifeline: Lifeline::default(),
             parks: Mutex::new(parks),
         }
     }

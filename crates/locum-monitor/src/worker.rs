@@ -181,6 +181,8 @@ impl Worker {
 
     fn serve_caller(&mut self, slot: Slot, call: &Notification, caller: &Arc<Caller>) -> Result<Slot, Leave> {
         let _turn = caller.turn();
+        self.served.lifeline.keep(&self.session, &self.served, call, caller);
+        let was_begun = slot.left().is_some_and(|left| left.tries > 0);
         slot.performing(caller.started);
         let kept = RefCell::new(None);
         let done = crash::marked(slot.crash_mark(), || {
@@ -199,7 +201,7 @@ impl Worker {
             Outcome::Fail(Errno::IO)
         });
         let post = Post { session: &self.session, served: &self.served };
-        let slot = post.deliver(slot, call, caller, outcome, kept.into_inner());
+        let slot = post.deliver(slot, call, caller, outcome, kept.into_inner(), was_begun);
         match slot {
             Some(slot) if sound => Ok(slot),
             Some(_) => Err(Leave::Unsound),
@@ -254,7 +256,8 @@ impl Worker {
         self.session.counters.recovered().fetch_add(1, Ordering::Relaxed);
         let call = left.call;
         let post = Post { session: &self.session, served: &self.served };
-        match recovery::decide(left, post.parked(&slot, call.id)) {
+        let parked = post.parked(&slot, call.id).or_else(|| recovery::installed(left));
+        match recovery::decide(left, parked) {
             recovery::Repair::Serve => self.serve(slot, &call),
             recovery::Repair::HandOver(file) => {
                 self.watch.begin(call.id);

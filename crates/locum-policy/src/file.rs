@@ -9,7 +9,8 @@ use crate::error::PolicyError;
 use crate::policy::{Call, Limits, OPath, Policy};
 use crate::scope::Scope;
 
-const POLICY_KEYS: &[&str] = &["calls", "exports", "limits", "o_path", "peers", "scope", "trusted"];
+const POLICY_KEYS: &[&str] =
+    &["calls", "exports", "lifeline", "limits", "o_path", "peers", "scope", "trusted"];
 const LIMIT_KEYS: &[&str] = &["deadline_ms", "workers"];
 
 /// Reads the policies in `text`, which errors call `file`.
@@ -54,13 +55,23 @@ impl Reader<'_> {
         if let Some(value) = get("o_path") {
             self.o_path(value)?;
         }
+        let lifeline = get("lifeline").map_or(Ok(true), |value| self.truth(value))?;
         let trusted = get("trusted").map_or_else(|| Ok(Vec::new()), |value| self.trusted(value))?;
         let scope = match get("scope") {
             Some(value) => self.scope(value, &trusted)?,
             None => Scope::container(),
         };
         let limits = get("limits").map_or_else(|| Ok(Limits::default()), |value| self.limits(value))?;
-        Ok(Policy { name: name.to_owned(), calls, peers, exports, scope, o_path: OPath::Fast, limits })
+        Ok(Policy {
+            name: name.to_owned(),
+            calls,
+            peers,
+            exports,
+            scope,
+            o_path: OPath::Fast,
+            lifeline,
+            limits,
+        })
     }
 
     fn calls(&self, value: &Value<'_>) -> Result<Vec<Call>, PolicyError> {
@@ -106,6 +117,11 @@ impl Reader<'_> {
             )),
             other => Err(self.error(value.span(), format!("wanted \"fast\", found {other:?}"))),
         }
+    }
+
+    fn truth(&self, value: &Value<'_>) -> Result<bool, PolicyError> {
+        let truth = value.get_ref().as_bool();
+        truth.ok_or_else(|| self.wrong_type(value, "true or false"))
     }
 
     fn trusted(&self, value: &Value<'_>) -> Result<Vec<String>, PolicyError> {
@@ -265,7 +281,7 @@ mod tests {
             ),
             (
                 "[a]\nzzzzzzzz = 1",
-                "p.toml:2:1: unknown key \"zzzzzzzz\" in a policy; wanted one of calls, exports, limits, o_path, peers, scope, trusted\n  |\n2 | zzzzzzzz = 1\n  | ^^^^^^^^",
+                "p.toml:2:1: unknown key \"zzzzzzzz\" in a policy; wanted one of calls, exports, lifeline, limits, o_path, peers, scope, trusted\n  |\n2 | zzzzzzzz = 1\n  | ^^^^^^^^",
             ),
             ("a = 1", "p.toml:1:5: wanted a policy, a table, found an integer\n  |\n1 | a = 1\n  |     ^"),
             (

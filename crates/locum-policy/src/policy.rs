@@ -61,6 +61,8 @@ pub struct Policy {
     pub scope: Scope,
     /// How `O_PATH` descriptors are handed over.
     pub o_path: OPath,
+    /// Whether a copy of each listener is kept in the workload itself, for the case that all of locum is lost.
+    pub lifeline: bool,
     /// What one session may use.
     pub limits: Limits,
 }
@@ -80,7 +82,7 @@ impl Policy {
     pub fn to_toml(&self) -> String {
         let list = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>().join(", ");
         format!(
-            "[{}]\ncalls = [{}]\npeers = [{}]\nexports = [{}]\nscope = {}\ntrusted = [{}]\no_path = \"fast\"\n\n\
+            "[{}]\ncalls = [{}]\npeers = [{}]\nexports = [{}]\nscope = {}\ntrusted = [{}]\no_path = \"fast\"\nlifeline = {}\n\n\
              [{}.limits]\nworkers = {}\ndeadline_ms = {}\n",
             quoted(&self.name),
             list(&mut self.calls.iter().map(|call| quoted(call.name()))),
@@ -88,6 +90,7 @@ impl Policy {
             list(&mut self.exports.iter().map(|path| quoted(path))),
             quoted(self.scope.template()),
             list(&mut self.scope.fields().map(|field| quoted(&field))),
+            self.lifeline,
             quoted(&self.name),
             self.limits.workers,
             self.limits.deadline_ms,
@@ -109,6 +112,7 @@ pub fn builtin() -> Vec<Policy> {
         exports: vec!["/share".to_owned()],
         scope: Scope::container(),
         o_path: OPath::Fast,
+        lifeline: true,
         limits: Limits::default(),
     }]
 }

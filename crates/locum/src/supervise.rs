@@ -69,9 +69,18 @@ impl Supervisor {
         Ok(supervisor)
     }
 
+    /// The keeper's process id, if it lives.
+    pub(crate) fn keeper_pid(&self) -> Option<u32> {
+        self.pid(0)
+    }
+
     /// The monitor's process id, if it lives.
     pub(crate) fn monitor_pid(&self) -> Option<u32> {
-        Some(self.pids[1].load(Ordering::Acquire)).filter(|pid| *pid != 0)
+        self.pid(1)
+    }
+
+    fn pid(&self, index: usize) -> Option<u32> {
+        Some(self.pids[index].load(Ordering::Acquire)).filter(|pid| *pid != 0)
     }
 }
 

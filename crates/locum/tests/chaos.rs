@@ -214,6 +214,50 @@ fn the_keeper_is_killed_and_replaced() {
     assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
 }
 
+/// Promise 8: keeper and monitor are killed at once; callers wait, and the next monitor takes the listener back from the
+/// workload. A descriptor that was installed and not noted stays behind: its park died with the keeper.
+#[test]
+fn everything_is_killed_at_once() {
+    total_loss(&[], &[]);
+}
+
+#[test]
+fn everything_is_killed_at_once_without_wait_killable_recv() {
+    total_loss(&["--interruptible"], &["--signals", "200"]);
+}
+
+fn total_loss(run: &[&str], traffic: &[&str]) {
+    let _alone = alone();
+    let mut random = Random::new();
+    let ground = Ground::new();
+    let mut keeper = ground.keeper();
+    let before = quiet(&ground, &keeper);
+    let mut monitor = ground.monitor();
+    let seconds = seconds(20).to_string();
+    let traffic = ground.traffic(run, &[&["--threads", "8", "--seconds", &seconds], traffic].concat());
+    until("the first calls", || traffic.number("calls") > 0);
+    let mut watchdog = Watchdog::new();
+    let mut losses = 0;
+    while !traffic.has_ended() {
+        std::thread::sleep(random.micros(1000, 100_000));
+        if random.micros(0, 2).is_zero() {
+            keeper.kill();
+            monitor.kill();
+        } else {
+            monitor.kill();
+            keeper.kill();
+        }
+        losses += 1;
+        keeper = ground.keeper();
+        monitor = ground.monitor();
+        watchdog.look(&ground, &traffic);
+    }
+    let report = must_be_clean(&ground, traffic, losses);
+    println!("{losses} times everything lost, {report}");
+    drop(monitor);
+    assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
+}
+
 /// Promise 1: the front door is open while no monitor runs.
 #[test]
 fn workloads_start_while_no_monitor_runs() {

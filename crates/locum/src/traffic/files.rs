@@ -78,6 +78,10 @@ pub(super) fn own_descriptors() -> io::Result<BTreeSet<usize>> {
     let listed = std::fs::read_dir("/proc/self/fd")?;
     let numbers: BTreeSet<usize> =
         listed.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // The one that the list was read through is closed by now, and not among those that are.
-    Ok(numbers.into_iter().filter(|fd| Path::new(&format!("/proc/self/fd/{fd}")).is_symlink()).collect())
+    // The one that the list was read through is closed by now, and not among those that are; a lifeline is locum's.
+    let is_own = |fd: &usize| {
+        std::fs::read_link(format!("/proc/self/fd/{fd}"))
+            .is_ok_and(|target| target.as_os_str() != "anon_inode:seccomp notify")
+    };
+    Ok(numbers.into_iter().filter(is_own).collect())
 }

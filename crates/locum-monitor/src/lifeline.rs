@@ -1,0 +1,253 @@
+//! A copy of each listener in the workload itself: when everything of locum is lost at once, callers wait, and the next
+//! monitor takes the listener back from there.
+//!
+//! Whoever holds a listener can answer the calls of every process under its filter. So a lifeline is put only into a process
+//! that has the ids of the workload's first process, and only if neither can ever change them: then no process under the
+//! filter has more rights than the holder, nor can the holder's children ever have fewer.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, RawFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+
+use locum_keeper::client::Connection;
+use locum_keeper::protocol::{Delivery, ListenerId, SessionId};
+use locum_kernel::Errno;
+use locum_kernel::notify::{Listener, Notification};
+use locum_kernel::process::Thread;
+use serde::{Deserialize, Serialize};
+
+use crate::caller::Caller;
+use crate::record::Process;
+use crate::session::{Served, Session, lock, now_ms};
+use crate::{Shared, adopt, fill_one};
+
+/// The version of what is kept on disk of a lifeline.
+const VERSION: u32 = 1;
+/// How often it is looked at, while there are calls: so long may a process be without one that closed it, or executed another program.
+const LOOK_MS: u64 = 10;
+/// Numbers are taken below this: the kernel's table of a process is as large as its highest number.
+const HIGHEST: RawFd = 4096;
+/// How many numbers are tried.
+const TRIES: usize = 16;
+
+/// Where a listener is to be found again. Written before it is put there, readable by root alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Held {
+    /// [`VERSION`].
+    version: u32,
+    /// The boot in which it was put there.
+    boot: String,
+    /// All that the keeper knew of the listener.
+    delivery: Delivery,
+    /// Who has it.
+    process: Process,
+    /// Its number there.
+    descriptor: RawFd,
+}
+
+/// The lifeline of one listener.
+#[derive(Debug, Default)]
+pub(crate) struct Lifeline {
+    /// When it was last looked at, in milliseconds since boot.
+    looked: AtomicU64,
+    holder: Mutex<Option<(Thread, RawFd)>>,
+}
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+enum Without {
+    #[error("the runtime named no first process that may be believed")]
+    NoFirst,
+    #[error("the caller, or the workload's first process, can change its ids, or they differ")]
+    Ids,
+    #[error("no number is free between {0} and {1}")]
+    NoNumber(RawFd, RawFd),
+    #[error("its record: {0}")]
+    Record(#[from] std::io::Error),
+    #[error(transparent)]
+    Kernel(#[from] Errno),
+}
+
+impl Lifeline {
+    /// Sees to it that the workload of `caller`, which waits for `call`, holds a copy of the listener.
+    pub(crate) fn keep(&self, session: &Session, served: &Served, call: &Notification, caller: &Caller) {
+        let now = now_ms();
+        if now.saturating_sub(self.looked.load(Ordering::Relaxed)) < LOOK_MS {
+            return;
+        }
+        let mut holder = match self.holder.try_lock() {
+            Ok(holder) => holder,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let is_first_look = self.looked.swap(now, Ordering::Relaxed) == 0;
+        let Some(granted) = session.granted.as_ref().filter(|granted| granted.policy.lifeline) else {
+            return;
+        };
+        if is_first_look {
+            // One that a former monitor put there.
+            *holder = read(&path(&session.shared, &session.id, served.delivery.listener))
+                .and_then(|held| Some((Thread::hold(held.process.pid).ok()?, held.descriptor)));
+        }
+        let ours = served.listener.as_fd();
+        // What is found there is the listener, whoever has the process's id by now.
+        if holder.as_ref().is_some_and(|(thread, number)| thread.has(*number, ours) == Ok(true)) {
+            return;
+        }
+        let first = granted.first.as_ref().ok_or(Without::NoFirst);
+        match first.and_then(|first| put(session, served, call, caller, first)) {
+            Ok(put) => *holder = Some(put),
+            Err(why) if is_first_look => {
+                tracing::warn!(
+                    session = session.id,
+                    listener = %served.delivery.listener,
+                    "no lifeline, if keeper and monitor are lost at once this workload's calls fail: {why}"
+                );
+            }
+            Err(why) => tracing::debug!(session = session.id, "no lifeline: {why}"),
+        }
+    }
+}
+
+fn put(
+    session: &Session,
+    served: &Served,
+    call: &Notification,
+    caller: &Caller,
+    first: &Thread,
+) -> Result<(Thread, RawFd), Without> {
+    let (own, its) = (first.status()?, caller.thread.status()?);
+    if !own.ids_fixed || !its.ids_fixed || own.ids != its.ids {
+        return Err(Without::Ids);
+    }
+    // Its leader outlives it as an entry in /proc, so it is the process that is written down.
+    let process = Thread::hold(its.process)?;
+    let number = free_number(&caller.thread)?;
+    let held = Held {
+        version: VERSION,
+        boot: session.shared.boot.clone(),
+        delivery: served.delivery.clone(),
+        process: Process { pid: its.process, start_time: process.start_time()? },
+        descriptor: number,
+    };
+    held.write(&path(&session.shared, &session.id, served.delivery.listener))?;
+    served.listener.add_descriptor_at(call.id, served.listener.as_fd(), number)?;
+    tracing::info!(session = session.id, pid = its.process, descriptor = number, "a lifeline was put");
+    Ok((process, number))
+}
+
+/// A high number that is free. Remaining race: another thread of the caller's takes this very one, of a thousand, between the
+/// look and the use.
+fn free_number(caller: &Thread) -> Result<RawFd, Without> {
+    let limit = caller.descriptor_limit()?.min(HIGHEST);
+    let lowest = limit / 4 * 3;
+    let span = limit - lowest;
+    for _ in 0..TRIES {
+        let mut random = [0; 2];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        let number = lowest + RawFd::from(u16::from_ne_bytes(random)).checked_rem(span).unwrap_or(0);
+        match caller.descriptor(number) {
+            Err(Errno::BADF) => return Ok(number),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(Without::NoNumber(lowest, limit))
+}
+
+impl Held {
+    fn write(&self, path: &Path) -> std::io::Result<()> {
+        let fresh = path.with_extension("new");
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        fs::rename(&fresh, path)
+    }
+}
+
+fn path(shared: &Shared, session: &str, listener: ListenerId) -> PathBuf {
+    shared.folder(session).join(format!("{listener}.lifeline"))
+}
+
+/// What is written down, if it can be understood. Whatever cannot is left untouched.
+fn read(path: &Path) -> Option<Held> {
+    let text = fs::read(path).ok()?;
+    match serde_json::from_slice::<Held>(&text) {
+        Ok(held) if held.version == VERSION => Some(held),
+        Ok(held) => {
+            tracing::error!("{}: wanted version {VERSION}, found {}", path.display(), held.version);
+            None
+        }
+        Err(error) => {
+            tracing::error!("{} is no lifeline's record: {error}", path.display());
+            None
+        }
+    }
+}
+
+/// Forgets the lifeline of a listener that has ended.
+pub(crate) fn forget(shared: &Shared, session: &str, listener: ListenerId) {
+    // There may never have been one.
+    let _ = fs::remove_file(path(shared, session, listener));
+}
+
+/// Takes back every listener of a session that neither the keeper, which holds `known`, nor this monitor has, and hands it
+/// to the keeper.
+pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[SessionId]) {
+    let Ok(folders) = fs::read_dir(shared.runtime_dir.sessions()) else { return };
+    for folder in folders.flatten() {
+        let id = folder.file_name().to_string_lossy().into_owned();
+        let is_known =
+            lock(&shared.sessions).contains_key(&id) || known.iter().any(|known| known.to_string() == id);
+        let Some(files) = (!is_known).then(|| fs::read_dir(folder.path()).ok()).flatten() else { continue };
+        let paths = files.flatten().map(|file| file.path());
+        for held in paths
+            .filter(|path| path.extension().is_some_and(|end| end == "lifeline"))
+            .filter_map(|path| read(&path))
+        {
+            // The folder's name is the session's; a record that says otherwise was not written by us.
+            if held.boot != shared.boot || held.delivery.session.to_string() != id {
+                continue;
+            }
+            match listener_of(&held) {
+                Ok(listener) => {
+                    tracing::info!(
+                        session = id,
+                        pid = held.process.pid,
+                        "the listener was taken back from its workload"
+                    );
+                    adopt::adopt(shared, held.delivery.clone(), listener, Vec::new());
+                    hand_to_keeper(shared, connection, &held.delivery);
+                }
+                Err(error) => tracing::warn!(
+                    session = id,
+                    pid = held.process.pid,
+                    "the listener cannot be taken back from the workload: {error}"
+                ),
+            }
+        }
+    }
+}
+
+fn hand_to_keeper(shared: &Shared, connection: &Connection, delivery: &Delivery) {
+    let session = lock(&shared.sessions).get(&delivery.session.to_string()).cloned();
+    let Some(session) = session else { return };
+    let served = lock(&session.served).get(&delivery.listener.0).cloned();
+    if let Some(served) = served {
+        fill_one(connection, &session, &served);
+        session.counters.reattached().fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The listener where the record says that it is.
+fn listener_of(held: &Held) -> Result<Listener, Box<dyn std::error::Error>> {
+    let process = Thread::hold(held.process.pid)?;
+    if process.start_time()? != held.process.start_time {
+        return Err(Errno::SRCH.into());
+    }
+    Ok(Listener::try_from(process.descriptor(held.descriptor)?)?)
+}
