@@ -187,9 +187,9 @@ fn kill_until(
             last = pid;
             let keeper = (seen.killed % 8 == 7).then(|| supervisor.keeper_pid()).flatten();
             let killed = kill(pid, || supervisor.monitor_pid());
-            let lost = keeper.is_some_and(|keeper| kill(keeper, || supervisor.keeper_pid()));
+            let too = keeper.is_some_and(|keeper| kill(keeper, || supervisor.keeper_pid()));
             seen.killed += u64::from(killed);
-            seen.lost += u64::from(killed && lost);
+            seen.lost += u64::from(killed && too);
         }
         if seen.counters.is_none() {
             seen.counters = find_journal(runtime_dir).map(|journal| Counters::of(&journal));

@@ -6,7 +6,7 @@ use crate::common::{Process, until};
 use crate::components;
 use crate::container::{Runtime, Site};
 use crate::machine;
-use crate::service::{Service, while_killing};
+use crate::service::{Service, Victim, while_killing};
 use crate::tree::{self, Work};
 
 /// The test itself is right: with a privileged virtiofsd and without locum the guest does its work.
@@ -37,36 +37,46 @@ fn reference() {
 
 #[test]
 fn crun() {
-    served(Runtime::Crun, "prefer", Work::All);
+    served(Runtime::Crun, "prefer", Work::All, Victim::Monitor);
 }
 
 #[test]
 fn runc() {
-    served(Runtime::Runc, "prefer", Work::All);
+    served(Runtime::Runc, "prefer", Work::All, Victim::Monitor);
 }
 
 #[test]
 fn podman() {
-    served(Runtime::Podman, "prefer", Work::All);
+    served(Runtime::Podman, "prefer", Work::All, Victim::Monitor);
 }
 
 #[test]
 fn crun_mandatory() {
-    served(Runtime::Crun, "mandatory", Work::Plain);
+    served(Runtime::Crun, "mandatory", Work::Plain, Victim::Monitor);
 }
 
 #[test]
 fn runc_mandatory() {
-    served(Runtime::Runc, "mandatory", Work::Plain);
+    served(Runtime::Runc, "mandatory", Work::Plain, Victim::Monitor);
 }
 
 #[test]
 fn podman_mandatory() {
-    served(Runtime::Podman, "mandatory", Work::Plain);
+    served(Runtime::Podman, "mandatory", Work::Plain, Victim::Monitor);
+}
+
+#[test]
+fn crun_everything_lost() {
+    served(Runtime::Crun, "prefer", Work::All, Victim::Everything);
+}
+
+#[test]
+fn podman_everything_lost() {
+    served(Runtime::Podman, "prefer", Work::All, Victim::Everything);
 }
 
 /// virtiofsd in a container, without privileges; the guest does its work while the monitor is killed.
-fn served(runtime: Runtime, handles: &str, work: Work) {
+fn served(runtime: Runtime, handles: &str, work: Work, victim: Victim) {
     let service = Service::new(runtime);
     let _serve = service.serve();
     let site = Site::new(runtime, &service.seccomp());
@@ -80,7 +90,7 @@ fn served(runtime: Runtime, handles: &str, work: Work) {
     );
     let container = site.start(&virtiofsd);
     let said = || std::fs::read_to_string(site.at("run/said")).unwrap_or_default();
-    let (seen, kills) = while_killing(&service, || {
+    let (seen, kills) = while_killing(&service, victim, || {
         until("virtiofsd's socket", || site.at("run/socket").exists());
         machine::work(site.path(), &site.at("run/socket"), work)
     });

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::common::{Process, until};
 use crate::container::{Container, Runtime, Site};
-use crate::service::{Service, while_killing};
+use crate::service::{Service, Victim, while_killing};
 
 #[test]
 fn exec_in_crun() {
@@ -45,7 +45,7 @@ fn exec(runtime: Runtime) {
     let site = Site::new(runtime, &service.seccomp());
     let container = site.start("mkdir /share/one /share/two && touch /run/ready && exec cat");
     until("the container", || site.at("run/ready").exists());
-    let ((), kills) = while_killing(&service, || {
+    let ((), kills) = while_killing(&service, Victim::Monitor, || {
         let traffic = traffic("two", "--seconds=4");
         let mut second = container.exec(&["sh", "-c", &traffic]);
         let mut second = Process(second.stdout(Stdio::piped()).spawn().unwrap());

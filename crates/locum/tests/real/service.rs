@@ -142,18 +142,34 @@ impl Drop for Service {
     }
 }
 
-/// Does `work` while the monitor is killed every 50 to 300 ms; how often that was.
-pub(crate) fn while_killing<T>(service: &Service, work: impl FnOnce() -> T) -> (T, u32) {
+/// Who is killed while a guest works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Victim {
+    Monitor,
+    /// Keeper and monitor, at once.
+    Everything,
+}
+
+/// Does `work` while `victim` is killed every 50 to 300 ms; how often that was.
+pub(crate) fn while_killing<T>(service: &Service, victim: Victim, work: impl FnOnce() -> T) -> (T, u32) {
     thread::scope(|scope| {
         // Dropped when the work ends, by a panic too.
         let (working, worked) = mpsc::channel::<()>();
         let killer = scope.spawn(move || {
             let mut kills = 0;
             while worked.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
+                let status = service.status();
                 // Between two monitors there is none.
-                let monitor = service.status()["monitor"]["pid"].as_i64();
-                let monitor = monitor.and_then(|pid| Pid::from_raw(i32::try_from(pid).unwrap()));
-                kills += u32::from(monitor.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok()));
+                let kill = |who: &str| {
+                    let pid = status[who]["pid"].as_i64();
+                    let pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).unwrap()));
+                    pid.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
+                };
+                // Before its first call a workload has no lifeline.
+                let sessions = status["sessions"].as_array().unwrap();
+                let has_calls = !sessions.is_empty() && sessions.iter().all(|one| one["calls"] != 0);
+                let keeper_too = victim == Victim::Everything && has_calls;
+                kills += u32::from(kill("monitor") && (!keeper_too || kill("keeper")));
             }
             kills
         });
