@@ -6,9 +6,7 @@
 //! filter has more rights than the holder, nor can the holder's children ever have fewer.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::fd::{AsFd as _, RawFd};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
@@ -21,7 +19,7 @@ use locum_kernel::process::Thread;
 use serde::{Deserialize, Serialize};
 
 use crate::caller::Caller;
-use crate::record::Process;
+use crate::record::{Process, write_whole};
 use crate::session::{Served, Session, lock, now_ms};
 use crate::{Shared, adopt, fill_one};
 
@@ -134,7 +132,7 @@ fn put(
         process: Process { pid: its.process, start_time: process.start_time()? },
         descriptor: number,
     };
-    held.write(&path(&session.shared, &session.id, served.delivery.listener))?;
+    write_whole(&held, &path(&session.shared, &session.id, served.delivery.listener))?;
     served.listener.add_descriptor_at(call.id, served.listener.as_fd(), number)?;
     tracing::info!(session = session.id, pid = its.process, descriptor = number, "a lifeline was put");
     Ok((process, number))
@@ -157,16 +155,6 @@ fn free_number(caller: &Thread) -> Result<RawFd, Without> {
         }
     }
     Err(Without::NoNumber(lowest, limit))
-}
-
-impl Held {
-    fn write(&self, path: &Path) -> std::io::Result<()> {
-        let fresh = path.with_extension("new");
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?)?;
-        fs::rename(&fresh, path)
-    }
 }
 
 fn path(shared: &Shared, session: &str, listener: ListenerId) -> PathBuf {

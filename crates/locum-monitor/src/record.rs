@@ -98,16 +98,21 @@ impl Record {
 
     /// Writes the record to `path`, whole or not at all.
     pub(crate) fn write(&self, path: &Path) -> Result<(), RecordError> {
-        let fresh = path.with_extension("new");
-        let text = serde_json::to_vec_pretty(self).map_err(io::Error::from);
-        let written = text.and_then(|text| {
-            let mut options = fs::OpenOptions::new();
-            options.write(true).create(true).truncate(true).mode(0o600);
-            options.open(&fresh)?.write_all(&text)?;
-            fs::rename(&fresh, path)
-        });
-        written.map_err(|source| RecordError::File { doing: "write", path: path.to_owned(), source })
+        write_whole(self, path).map_err(|source| RecordError::File {
+            doing: "write",
+            path: path.to_owned(),
+            source,
+        })
     }
+}
+
+/// Writes `what` to `path` for root alone, whole or not at all.
+pub(crate) fn write_whole(what: &impl Serialize, path: &Path) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(&fresh)?.write_all(&serde_json::to_vec_pretty(what)?)?;
+    fs::rename(&fresh, path)
 }
 
 /// The id of this boot.

@@ -215,18 +215,19 @@ fn the_keeper_is_killed_and_replaced() {
 }
 
 /// Promise 8: keeper and monitor are killed at once; callers wait, and the next monitor takes the listener back from the
-/// workload. A descriptor that was installed and not noted stays behind: its park died with the keeper.
+/// workload. Files whose park died with the keeper are found in the caller's table, by their mark.
 #[test]
 fn everything_is_killed_at_once() {
-    total_loss(&[], &[]);
+    total_loss(&[], &[], 0);
 }
 
+/// A call that a signal withdrew is not looked for by its mark: one descriptor for each loss may stay behind.
 #[test]
 fn everything_is_killed_at_once_without_wait_killable_recv() {
-    total_loss(&["--interruptible"], &["--signals", "200"]);
+    total_loss(&["--interruptible"], &["--signals", "200"], 1);
 }
 
-fn total_loss(run: &[&str], traffic: &[&str]) {
+fn total_loss(run: &[&str], traffic: &[&str], leaks_per_loss: u64) {
     let _alone = alone();
     let mut random = Random::new();
     let ground = Ground::new();
@@ -252,7 +253,7 @@ fn total_loss(run: &[&str], traffic: &[&str]) {
         monitor = ground.monitor();
         watchdog.look(&ground, &traffic);
     }
-    let report = must_be_clean(&ground, traffic, losses);
+    let report = must_be_clean(&ground, traffic, losses * leaks_per_loss);
     println!("{losses} times everything lost, {report}");
     drop(monitor);
     assert_eq!(quiet(&ground, &keeper), before, "descriptors of (keeper, monitor)\n{}", ground.log_tail());
