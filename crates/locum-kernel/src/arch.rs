@@ -1,5 +1,10 @@
 //! What depends on the processor. A port is a second version of this file.
 
+use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
+
+use crate::notify::Notification;
+
 /// The `AUDIT_ARCH_*` value that seccomp reports for native 64-bit calls (`linux/audit.h`).
 pub const AUDIT_ARCH: u32 = 0xc000_003e;
 
@@ -8,3 +13,291 @@ pub const CALLS: &[(&str, i32)] = &[("name_to_handle_at", 303), ("open_by_handle
 
 /// sync(2): a call without arguments, for measuring a round trip that does nothing.
 pub const SYNC: i32 = 162;
+
+/// `NT_X86_XSTATE` (`linux/elf.h`): the register set of the floating point and vector unit.
+pub(crate) const NT_EXTENDED_STATE: libc::c_int = 0x202;
+
+/// The code segment of 64-bit programs, and the data segment (`asm/segment.h`).
+const CODE_64: u64 = 0x33;
+const DATA: u64 = 0x2b;
+/// Bytes below the stack pointer that belong to the program (System V ABI).
+const RED_ZONE: u64 = 128;
+/// `ERESTARTSYS` and `ERESTARTNOINTR` (`linux/errno.h`): the call is to be made anew.
+const MADE_ANEW: [i64; 2] = [-512, -513];
+
+/// The general registers of a thread.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct Registers(libc::user_regs_struct);
+
+impl Registers {
+    /// Whether the thread stands at the end of `call`, which the kernel is about to make anew.
+    pub fn are_at_the_end_of(&self, call: &Notification) -> bool {
+        let own = &self.0;
+        own.cs == CODE_64
+            && own.orig_rax == u64::from(call.nr.cast_unsigned())
+            && MADE_ANEW.contains(&own.rax.cast_signed())
+            && own.rip == call.instruction_pointer
+            && [own.rdi, own.rsi, own.rdx, own.r10, own.r8, own.r9] == call.args
+    }
+
+    /// The same, with the call over and `result` its result.
+    #[must_use]
+    pub fn with_result(&self, result: i64) -> Self {
+        Self(libc::user_regs_struct { rax: result.cast_unsigned(), orig_rax: u64::MAX, ..self.0 })
+    }
+}
+
+/// Two pieces of code that every program has which was linked with a libc, whichever it is: their addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gadgets {
+    /// `syscall; ret`.
+    pub call: u64,
+    /// What a signal handler returns to: rt_sigreturn(2).
+    pub sigreturn: u64,
+}
+
+impl Gadgets {
+    /// The code of [`Self::call`].
+    pub const CALL: &[u8] = b"\x0f\x05\xc3";
+    /// The code of [`Self::sigreturn`], as glibc has it and as musl has it: `mov $15, %rax` or `%eax`, then `syscall`.
+    pub const SIGRETURN: [&[u8]; 2] = [b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05", b"\xb8\x0f\0\0\0\x0f\x05"];
+}
+
+/// What a thread is to do in place of its call, by itself, once its registers are [`Self::registers`]: receive the descriptor
+/// that waits in a socket of its own, close the socket, and return from the call with the descriptor's number, everything else
+/// as it was. If nothing can be received, the call fails with EMFILE.
+///
+/// It is a chain of signal frames below the red zone. Each return from one runs a system call with all signals blocked; the
+/// last one restores registers, vector unit and signal mask. The control message of recvmsg(2) lands on the last frame: header
+/// on rbx and rdx, descriptor on rax; the second message in the socket, read(2) behind it, mends rbx and rdx.
+#[derive(Debug)]
+pub struct Chain {
+    /// What to write where.
+    pub memory: [(u64, Vec<u8>); 2],
+    /// From where the thread is to go on.
+    pub registers: Registers,
+    /// The second message.
+    pub mend: [u8; 16],
+}
+
+/// The state of a stopped thread.
+#[derive(Debug)]
+pub struct State<'a> {
+    /// Its general registers.
+    pub registers: &'a Registers,
+    /// The signals that it blocks.
+    pub signal_mask: u64,
+    /// Its vector unit.
+    pub extended: &'a [u8],
+}
+
+impl Chain {
+    /// For a thread that was found stopped in `state`. `None`: there is no room below its stack pointer, or the kernel lays
+    /// out the vector unit in a way that is not known here.
+    pub fn take_in(state: &State<'_>, gadgets: Gadgets, socket: i32, close_on_exec: bool) -> Option<Self> {
+        let extended = frame_of(state.extended)?;
+        let own = state.registers.0;
+        let top = own.rsp.checked_sub(RED_ZONE + extended.len() as u64)? & !63;
+        let base = top.checked_sub(size_of::<Image>() as u64)? & !63;
+        let at = |offset: usize| base + offset as u64;
+        let frame = |index: usize| at(std::mem::offset_of!(Image, frames) + index * size_of::<Frame>());
+        let socket = u64::from(socket.cast_unsigned());
+        let flags = libc::MSG_DONTWAIT | if close_on_exec { libc::MSG_CMSG_CLOEXEC } else { 0 };
+        let last = 3;
+        let landing = frame(last) + std::mem::offset_of!(Frame, rbx) as u64;
+        let call = |nr: libc::c_long, args: [u64; 3], next: u64| Frame {
+            sigreturn: gadgets.sigreturn,
+            flags: KEEP_STACK_SEGMENT,
+            stack_flags: NO_STACK,
+            rax: nr.cast_unsigned(),
+            rdi: args[0],
+            rsi: args[1],
+            rdx: args[2],
+            rip: gadgets.call,
+            rsp: next,
+            eflags: PLAIN_FLAGS,
+            segments: CODE_64 | DATA << 48,
+            mask: u64::MAX,
+            ..Frame::default()
+        };
+        let image = Image {
+            frames: [
+                call(
+                    libc::SYS_recvmsg,
+                    [socket, at(std::mem::offset_of!(Image, message)), u64::from(flags.cast_unsigned())],
+                    frame(1),
+                ),
+                call(libc::SYS_read, [socket, landing, 16], frame(2)),
+                call(libc::SYS_close, [socket, 0, 0], frame(last)),
+                Frame {
+                    sigreturn: gadgets.sigreturn,
+                    flags: KEEP_STACK_SEGMENT | HAS_EXTENDED_STATE,
+                    stack_flags: NO_STACK,
+                    r8: own.r8,
+                    r9: own.r9,
+                    r10: own.r10,
+                    r11: own.r11,
+                    r12: own.r12,
+                    r13: own.r13,
+                    r14: own.r14,
+                    r15: own.r15,
+                    rdi: own.rdi,
+                    rsi: own.rsi,
+                    rbp: own.rbp,
+                    rbx: own.rbx,
+                    rdx: own.rdx,
+                    rax: i64::from(-libc::EMFILE).cast_unsigned(),
+                    rcx: own.rcx,
+                    rsp: own.rsp,
+                    rip: own.rip,
+                    eflags: own.eflags,
+                    segments: CODE_64 | DATA << 48,
+                    extended: top,
+                    mask: state.signal_mask,
+                    ..Frame::default()
+                },
+            ],
+            message: MessageHeader {
+                vector: at(std::mem::offset_of!(Image, vector)),
+                vector_len: 1,
+                control: landing,
+                control_len: 24,
+                ..MessageHeader::default()
+            },
+            vector: [at(std::mem::offset_of!(Image, byte)), 1],
+            byte: 0,
+        };
+        let mut mend = [0; 16];
+        mend[..8].copy_from_slice(&own.rbx.to_ne_bytes());
+        mend[8..].copy_from_slice(&own.rdx.to_ne_bytes());
+        // rt_sigreturn looks for its frame 8 bytes below the stack pointer: a handler's return has taken the address.
+        let registers = Registers(libc::user_regs_struct {
+            orig_rax: u64::MAX,
+            rip: gadgets.sigreturn,
+            rsp: frame(0) + 8,
+            ..own
+        });
+        Some(Self { memory: [(base, image.words()), (top, extended)], registers, mend })
+    }
+}
+
+/// `UC_FP_XSTATE`, and `UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS` (`asm/ucontext.h`).
+const HAS_EXTENDED_STATE: u64 = 1;
+const KEEP_STACK_SEGMENT: u64 = 2 | 4;
+/// No flag that sigaltstack(2) knows: rt_sigreturn leaves the alternate stack alone.
+const NO_STACK: u64 = 7;
+/// Interrupts on, and the bit that is always on.
+const PLAIN_FLAGS: u64 = 0x202;
+
+/// `struct rt_sigframe` without its `siginfo`, which rt_sigreturn does not read (`asm/sigframe.h`).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Frame {
+    sigreturn: u64,
+    flags: u64,
+    link: u64,
+    stack: u64,
+    stack_flags: u64,
+    stack_size: u64,
+    r8: u64,
+    r9: u64,
+    r10: u64,
+    r11: u64,
+    r12: u64,
+    r13: u64,
+    r14: u64,
+    r15: u64,
+    rdi: u64,
+    rsi: u64,
+    rbp: u64,
+    rbx: u64,
+    rdx: u64,
+    rax: u64,
+    rcx: u64,
+    rsp: u64,
+    rip: u64,
+    eflags: u64,
+    /// cs, gs, fs and ss, 16 bits each.
+    segments: u64,
+    error: u64,
+    trap: u64,
+    old_mask: u64,
+    fault_address: u64,
+    extended: u64,
+    reserved: [u64; 8],
+    mask: u64,
+}
+
+/// `struct msghdr`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct MessageHeader {
+    name: u64,
+    name_len: u64,
+    vector: u64,
+    vector_len: u64,
+    control: u64,
+    control_len: u64,
+    flags: u64,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Image {
+    frames: [Frame; 4],
+    message: MessageHeader,
+    vector: [u64; 2],
+    byte: u64,
+}
+
+impl Image {
+    fn words(&self) -> Vec<u8> {
+        // SAFETY: an image is made of 64-bit words alone, without gaps, so all its bytes are initialised.
+        let words: [u64; size_of::<Self>() / 8] = unsafe { std::mem::transmute(*self) };
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+}
+
+/// `FP_XSTATE_MAGIC1` and `FP_XSTATE_MAGIC2` (`asm/sigcontext.h`).
+const MAGIC_1: u32 = 0x4650_5853;
+const MAGIC_2: u32 = 0x4650_5845;
+/// Where in the area its description for a signal frame lies; in a register set, the first word there says which parts the
+/// kernel uses.
+const DESCRIPTION: usize = 464;
+/// Where the area says which parts of it hold anything (`XSTATE_BV`).
+const IN_USE: usize = 512;
+/// Parts that only a thread has which asked for them (AMX tile data).
+const ON_REQUEST: u64 = 1 << 18;
+/// Bytes of the area without any part beyond the first two.
+const LEGACY: usize = 576;
+
+/// The vector unit's state as a signal frame holds it, from what ptrace(2) gives.
+fn frame_of(state: &[u8]) -> Option<Vec<u8>> {
+    let word = |at: usize| Some(u64::from_ne_bytes(state.get(at..at + 8)?.try_into().ok()?));
+    let parts = word(DESCRIPTION)? & !ON_REQUEST | word(IN_USE)?;
+    let length = (2..63).filter(|part| parts & 1 << part != 0).map(end_of).max().unwrap_or(LEGACY);
+    let mut area = state.get(..length)?.to_vec();
+    let short = u32::try_from(length).ok()?;
+    area[DESCRIPTION..IN_USE].fill(0);
+    area[DESCRIPTION..][..4].copy_from_slice(&MAGIC_1.to_ne_bytes());
+    area[DESCRIPTION + 4..][..4].copy_from_slice(&(short + 4).to_ne_bytes());
+    area[DESCRIPTION + 8..][..8].copy_from_slice(&parts.to_ne_bytes());
+    area[DESCRIPTION + 16..][..4].copy_from_slice(&short.to_ne_bytes());
+    area.extend_from_slice(&MAGIC_2.to_ne_bytes());
+    Some(area)
+}
+
+/// Where a part of the area ends (CPUID leaf 0xd).
+fn end_of(part: u32) -> usize {
+    static ENDS: OnceLock<[usize; 64]> = OnceLock::new();
+    let ends = ENDS.get_or_init(|| {
+        std::array::from_fn(|part| {
+            #[allow(unused_unsafe, reason = "safe from Rust 1.90 on")]
+            // SAFETY: the leaf is there on every processor on which the kernel reports a part of this area.
+            let told = unsafe { __cpuid_count(0xd, u32::try_from(part).unwrap_or(0)) };
+            told.eax as usize + told.ebx as usize
+        })
+    });
+    ends[part as usize]
+}

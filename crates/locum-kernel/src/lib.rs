@@ -12,11 +12,13 @@ pub mod crash;
 pub mod credentials;
 pub mod filter;
 pub mod floor;
+pub mod hand_over;
 pub mod handle;
 pub mod mapping;
 pub mod memory;
 pub mod notify;
 pub mod process;
+pub mod ptrace;
 pub mod signal;
 pub mod socket;
 

@@ -163,11 +163,19 @@ impl Listener {
             Answer::Error(errno) => (0, -errno.raw_os_error(), 0),
             Answer::Continue => (0, 0, CONTINUE),
         };
-        let response = libc::seccomp_notif_resp { id: id.0, val, error, flags };
+        self.respond(&libc::seccomp_notif_resp { id: id.0, val, error, flags })
+    }
+
+    /// Ends the call `id` so that the kernel makes it anew. Only for a caller that is interrupted: see [`crate::hand_over`].
+    pub(crate) fn send_again(&self, id: CallId) -> Result<(), Errno> {
+        self.respond(&libc::seccomp_notif_resp { id: id.0, val: 0, error: -ERESTARTNOINTR, flags: 0 })
+    }
+
+    fn respond(&self, response: &libc::seccomp_notif_resp) -> Result<(), Errno> {
         // The kernel answers EINTR only while it waits for its lock: nothing was sent.
         let sent = retry_on_intr(|| {
             // SAFETY: SEND reads one `struct seccomp_notif_resp` at this address, which lives until the call returns.
-            check(unsafe { libc::ioctl(self.raw(), ioctl::SEND, &raw const response) })
+            check(unsafe { libc::ioctl(self.raw(), ioctl::SEND, std::ptr::from_ref(response)) })
         });
         sent.map(drop)
     }
@@ -260,6 +268,8 @@ pub fn sizes_fit() -> Result<bool, Errno> {
 
 /// `SECCOMP_ADDFD_FLAG_SETFD` (5.9).
 const SETFD: u32 = 1;
+/// `ERESTARTNOINTR` (`linux/errno.h`).
+const ERESTARTNOINTR: i32 = 513;
 /// `SECCOMP_USER_NOTIF_FLAG_CONTINUE` (5.5).
 const CONTINUE: u32 = 1;
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` (6.6).

@@ -100,6 +100,33 @@ impl Thread {
         rest.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or(Errno::SRCH)
     }
 
+    /// Who traces the thread; 0 if nobody does.
+    pub fn tracer(&self) -> Result<u32, Errno> {
+        let status = self.read(c"status")?;
+        let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        tracer.and_then(|pid| pid.trim().parse().ok()).ok_or(Errno::SRCH)
+    }
+
+    /// Whether its processor keeps a shadow stack for it (x86, 6.6).
+    pub fn has_shadow_stack(&self) -> Result<bool, Errno> {
+        let status = self.read(c"status")?;
+        Ok(status.lines().any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")))
+    }
+
+    /// Where its code lies: start and end of each mapping that may be executed.
+    pub fn code(&self) -> Result<Vec<(u64, u64)>, Errno> {
+        let maps = self.read(c"maps")?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let code = maps.lines().filter_map(|line| {
+            let (range, rest) = line.split_once(' ')?;
+            let (start, end) = range.split_once('-')?;
+            // The page of old system calls cannot be read.
+            let is_code = rest.as_bytes().get(2) == Some(&b'x') && !rest.ends_with("[vsyscall]");
+            is_code.then_some((number(start)?, number(end)?))
+        });
+        Ok(code.collect())
+    }
+
     /// The user, as our user namespace numbers it, who made the user namespace that the thread is in.
     pub fn namespace_owner(&self) -> Result<u32, Errno> {
         let namespace =

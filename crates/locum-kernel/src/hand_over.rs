@@ -1,0 +1,214 @@
+//! Handing an `O_PATH` descriptor to a caller, which ADDFD refuses (EBADF).
+//!
+//! The descriptor waits in a socket; the socket goes into the caller's table; the caller's call is answered with "make it
+//! anew" while an interrupt is pending, so that it stops on its way; and its registers are set, once, to the head of a
+//! [`Chain`], which takes the descriptor out of the socket. Until then nothing has changed and the caller, let go by whatever
+//! kills its tracer, makes the call anew; from then on it finishes by itself.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use crate::arch::{Chain, Gadgets, State};
+use crate::notify::{CallId, Listener, Notification};
+use crate::process::Thread;
+use crate::ptrace::{Interrupted, Seized, Stop, Stopped};
+use crate::{Errno, memory, socket};
+
+/// A socket with an `O_PATH` descriptor in it, on its way into a caller.
+#[derive(Debug)]
+pub struct Parcel {
+    /// The caller's end.
+    near: OwnedFd,
+    far: OwnedFd,
+}
+
+impl Parcel {
+    /// Packs a copy of `file`.
+    pub fn pack(file: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let flags = SocketFlags::CLOEXEC;
+        let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        socket::send_with(&far, &[0], file)?;
+        Ok(Self { near, far })
+    }
+
+    /// The end that goes into the caller's table.
+    pub fn socket(&self) -> &OwnedFd {
+        &self.near
+    }
+
+    /// Whether `fd` is the caller's end of a parcel that nobody has taken anything out of.
+    pub fn is_full(fd: BorrowedFd<'_>) -> bool {
+        let peeked = socket::receive_with(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        matches!(peeked, Ok((1, Some(_))))
+    }
+}
+
+/// How a hand-over ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// The caller has the descriptor, or its call fails with EMFILE; the socket is closed.
+    Taken,
+    /// Nothing has happened: the call was withdrawn and, unless a signal ends it, comes anew. The socket is in the caller's table.
+    Withdrawn,
+    /// The call fails with ENOMEM: there is no room below the caller's stack pointer. The socket is in its table.
+    NoRoom,
+    /// The caller has ended.
+    Gone,
+}
+
+/// Has a caller that is traced, and waits for `call`, take the parcel in, whose socket it has as `number`.
+pub fn deliver(
+    listener: &Listener,
+    call: &Notification,
+    seized: Seized,
+    gadgets: Gadgets,
+    parcel: &Parcel,
+    (number, close_on_exec): (RawFd, bool),
+) -> Result<Done, Errno> {
+    let stopped = match ask_again(listener, call.id, seized.interrupt()?)? {
+        Stop::Caught(stopped) => stopped,
+        Stop::Signalled => return Ok(Done::Withdrawn),
+        Stop::Gone => return Ok(Done::Gone),
+    };
+    let registers = stopped.registers()?;
+    if !registers.are_at_the_end_of(call) {
+        return Ok(Done::Withdrawn);
+    }
+    let mut extended = Vec::with_capacity(EXTENDED);
+    stopped.extended_state(&mut extended)?;
+    let signal_mask = stopped.signal_mask()?;
+    let state = State { registers: &registers, signal_mask, extended: &extended };
+    let Some(chain) = Chain::take_in(&state, gadgets, number, close_on_exec) else {
+        return no_room(&stopped, &registers);
+    };
+    rustix::net::sendmsg(&parcel.far, &[IoSlice::new(&chain.mend)], &mut none(), SendFlags::NOSIGNAL)?;
+    match write(stopped.tid(), &chain.memory) {
+        Ok(()) => {}
+        Err(Errno::FAULT) => return no_room(&stopped, &registers),
+        Err(error) => return Err(error),
+    }
+    stopped.set_registers(&chain.registers)?;
+    // The chain blocks all signals, from its second step on. That it is killed before this costs a handler that does not
+    // return its descriptor, no more.
+    let _ = stopped.set_signal_mask(u64::MAX);
+    Ok(Done::Taken)
+}
+
+/// Ends a call of a traced thread with `error`, without a descriptor: a thread that is traced can be let go only when it stops.
+pub fn refuse(listener: &Listener, id: CallId, seized: Seized, error: Errno) -> Result<(), Errno> {
+    let interrupted = seized.interrupt()?;
+    // ENOENT: it was withdrawn, and stops all the same.
+    let _ = listener.send(id, crate::notify::Answer::Error(error));
+    interrupted.wait().map(drop)
+}
+
+/// Has the kernel make the call `id` of an interrupted thread anew, and waits until the thread stops on its way to it. Without
+/// the interrupt, the program itself would see an error that no program knows.
+pub fn ask_again(listener: &Listener, id: CallId, interrupted: Interrupted) -> Result<Stop, Errno> {
+    // ENOENT: it was withdrawn by the interrupt, and is made anew all the same.
+    let _ = listener.send_again(id);
+    interrupted.wait()
+}
+
+/// More than the largest state of a vector unit (AMX: 11 KiB).
+const EXTENDED: usize = 16 * 1024;
+
+fn none() -> rustix::net::SendAncillaryBuffer<'static, 'static, 'static> {
+    rustix::net::SendAncillaryBuffer::default()
+}
+
+fn no_room(stopped: &Stopped, registers: &crate::arch::Registers) -> Result<Done, Errno> {
+    stopped.set_registers(&registers.with_result(-i64::from(Errno::NOMEM.raw_os_error())))?;
+    Ok(Done::NoRoom)
+}
+
+/// Writes to the memory of a stopped thread, which no other can get the id of. EFAULT: not all of it may be written.
+fn write(tid: u32, pieces: &[(u64, Vec<u8>); 2]) -> Result<(), Errno> {
+    let local = pieces
+        .each_ref()
+        .map(|(_, from)| libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() });
+    let remote = pieces.each_ref().map(|(to, from)| libc::iovec {
+        iov_base: usize::try_from(*to).unwrap_or(0) as *mut libc::c_void,
+        iov_len: from.len(),
+    });
+    // SAFETY: the kernel reads `iov_len` bytes at each local address, which are vectors that long; the remote ones are
+    // another process's and never followed here.
+    let done =
+        unsafe { libc::process_vm_writev(tid.cast_signed(), local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
+    match usize::try_from(done) {
+        Ok(written) if written == pieces.iter().map(|(_, from)| from.len()).sum() => Ok(()),
+        Ok(_) => Err(Errno::FAULT),
+        Err(_) => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+    }
+}
+
+/// Begins to trace a caller.
+pub fn seize(caller: &Thread) -> Result<Seized, Unfit> {
+    let seized = Seized::seize(caller.tid(), 0).map_err(|error| match (error, caller.tracer()) {
+        (Errno::PERM, Ok(tracer @ 1..)) => Unfit::Traced(tracer),
+        _ => Unfit::Kernel(error),
+    })?;
+    if caller.lives() {
+        return Ok(seized);
+    }
+    // Whoever has the id by now is let go.
+    drop(seized.interrupt()?.wait());
+    Err(Unfit::Kernel(Errno::SRCH))
+}
+
+/// What a chain needs of the program that `caller` runs.
+pub fn prepare(caller: &Thread) -> Result<Gadgets, Unfit> {
+    if caller.has_shadow_stack()? {
+        return Err(Unfit::ShadowStack);
+    }
+    let (mut call, mut sigreturn) = (None, None);
+    for (start, end) in caller.code()? {
+        let mut code = vec![0; usize::try_from(end - start).unwrap_or(0)];
+        let length = memory::read(caller.tid(), start, &mut code)?;
+        let code = &code[..length];
+        call = call.or_else(|| find(code, Gadgets::CALL, start));
+        sigreturn = Gadgets::SIGRETURN
+            .iter()
+            .fold(sigreturn, |found, known| found.or_else(|| find(code, known, start)));
+        if let (Some(call), Some(sigreturn)) = (call, sigreturn) {
+            return Ok(Gadgets { call, sigreturn });
+        }
+    }
+    Err(Unfit::NoLibc)
+}
+
+/// Whether the code is still where it was found.
+pub fn still_there(caller: &Thread, gadgets: Gadgets) -> bool {
+    let (mut call, mut sigreturn) = ([0; Gadgets::CALL.len()], [0; Gadgets::SIGRETURN[0].len()]);
+    let read =
+        memory::read_both(caller.tid(), (gadgets.call, &mut call), (gadgets.sigreturn, &mut sigreturn));
+    read.is_ok()
+        && call == Gadgets::CALL
+        && Gadgets::SIGRETURN.iter().any(|known| sigreturn.starts_with(known))
+}
+
+fn find(code: &[u8], wanted: &[u8], start: u64) -> Option<u64> {
+    let at = code.windows(wanted.len()).position(|window| window == wanted)?;
+    Some(start + at as u64)
+}
+
+/// Why a caller cannot be handed an `O_PATH` descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// Somebody else traces it.
+    #[error("process {0} traces it, and only one can: let it detach")]
+    Traced(u32),
+    /// Its processor keeps a second stack, which the chain would disagree with.
+    #[error(
+        "it runs with a user-mode shadow stack; start it without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)"
+    )]
+    ShadowStack,
+    /// Its program has no such code.
+    #[error("its program has no `syscall; ret` and no return from a signal handler, as every libc has them")]
+    NoLibc,
+    /// The kernel's word.
+    #[error(transparent)]
+    Kernel(#[from] Errno),
+}
