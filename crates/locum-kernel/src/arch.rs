@@ -1,6 +1,7 @@
 //! What depends on the processor. A port is a second version of this file.
 
 use std::arch::x86_64::__cpuid_count;
+use std::mem::offset_of;
 use std::sync::OnceLock;
 
 use crate::notify::Notification;
@@ -68,18 +69,28 @@ impl Gadgets {
 /// that waits in a socket of its own, close the socket, and return from the call with the descriptor's number, everything else
 /// as it was. If nothing can be received, the call fails with EMFILE.
 ///
-/// It is a chain of signal frames below the red zone. Each return from one runs a system call with all signals blocked; the
-/// last one restores registers, vector unit and signal mask. The control message of recvmsg(2) lands on the last frame: header
-/// on rbx and rdx, descriptor on rax; the second message in the socket, read(2) behind it, mends rbx and rdx.
+/// It is a chain of signal frames below the red zone. Each return from one runs a system call with all signals blocked:
+///
+/// 1. recvmsg(2): the control message lands on the last frame, its header on rbx and rdx, the descriptor on the lower half of
+///    rax, which held -EMFILE. Its `msghdr` lies in frame 3, so that the length of what came, 24 or 0, is that frame's rdx.
+/// 2. recvmsg(2) of the second message, [`Self::mend`]: it puts rbx and rdx right, and the rax of frame 3, which got the flags.
+/// 3. read(2) of as many bytes as step 1 said: if a descriptor came, the third message, four zeros, is the upper half of rax.
+/// 4. close(2) of the socket.
+/// 5. rt_sigreturn(2) to where the thread was, with its own registers, vector unit and signal mask.
 #[derive(Debug)]
 pub struct Chain {
     /// What to write where.
     pub memory: [(u64, Vec<u8>); 2],
     /// From where the thread is to go on.
     pub registers: Registers,
-    /// The second message.
-    pub mend: [u8; 16],
+    /// The second message in the socket.
+    pub mend: [u8; 24],
 }
+
+/// The third message in the socket.
+pub const UPPER_HALF: [u8; 4] = [0; 4];
+/// What the first message must begin with: if step 1 is refused, it is what step 3 reads, and the call fails.
+pub const FIRST: [u8; 4] = [0xff; 4];
 
 /// The state of a stopped thread.
 #[derive(Debug)]
@@ -101,11 +112,11 @@ impl Chain {
         let top = own.rsp.checked_sub(RED_ZONE + extended.len() as u64)? & !63;
         let base = top.checked_sub(size_of::<Image>() as u64)? & !63;
         let at = |offset: usize| base + offset as u64;
-        let frame = |index: usize| at(std::mem::offset_of!(Image, frames) + index * size_of::<Frame>());
+        let frame = |index: usize| at(offset_of!(Image, frames) + index * size_of::<Frame>());
         let socket = u64::from(socket.cast_unsigned());
         let flags = libc::MSG_DONTWAIT | if close_on_exec { libc::MSG_CMSG_CLOEXEC } else { 0 };
-        let last = 3;
-        let landing = frame(last) + std::mem::offset_of!(Frame, rbx) as u64;
+        let (landing, upper_half) =
+            (frame(4) + offset_of!(Frame, rbx) as u64, frame(4) + offset_of!(Frame, rax) as u64 + 4);
         let call = |nr: libc::c_long, args: [u64; 3], next: u64| Frame {
             sigreturn: gadgets.sigreturn,
             flags: KEEP_STACK_SEGMENT,
@@ -121,15 +132,17 @@ impl Chain {
             mask: u64::MAX,
             ..Frame::default()
         };
+        let receive = |header: u64, flags: libc::c_int, next: u64| {
+            call(libc::SYS_recvmsg, [socket, header, u64::from(flags.cast_unsigned())], next)
+        };
         let image = Image {
             frames: [
-                call(
-                    libc::SYS_recvmsg,
-                    [socket, at(std::mem::offset_of!(Image, message)), u64::from(flags.cast_unsigned())],
-                    frame(1),
-                ),
-                call(libc::SYS_read, [socket, landing, 16], frame(2)),
-                call(libc::SYS_close, [socket, 0, 0], frame(last)),
+                receive(frame(2) + offset_of!(Frame, r15) as u64, flags, frame(1)),
+                receive(at(offset_of!(Image, mend)), libc::MSG_DONTWAIT, frame(2)),
+                // As a `msghdr` from r15 on: no name; of the socket's number bytes; an unused vector, of 0 elements; the
+                // control message, of 24 bytes at most; the flags.
+                Frame { rbp: 0, rbx: landing, ..call(libc::SYS_read, [socket, upper_half, 24], frame(3)) },
+                call(libc::SYS_close, [socket, 0, 0], frame(4)),
                 Frame {
                     sigreturn: gadgets.sigreturn,
                     flags: KEEP_STACK_SEGMENT | HAS_EXTENDED_STATE,
@@ -158,19 +171,17 @@ impl Chain {
                     ..Frame::default()
                 },
             ],
-            message: MessageHeader {
-                vector: at(std::mem::offset_of!(Image, vector)),
-                vector_len: 1,
-                control: landing,
-                control_len: 24,
+            mend: MessageHeader {
+                vector: at(offset_of!(Image, vector)),
+                vector_len: 2,
                 ..MessageHeader::default()
             },
-            vector: [at(std::mem::offset_of!(Image, byte)), 1],
-            byte: 0,
+            vector: [landing, 16, frame(2) + offset_of!(Frame, rax) as u64, 8],
         };
-        let mut mend = [0; 16];
-        mend[..8].copy_from_slice(&own.rbx.to_ne_bytes());
-        mend[8..].copy_from_slice(&own.rdx.to_ne_bytes());
+        let mut mend = [0; 24];
+        for (piece, word) in mend.chunks_mut(8).zip([own.rbx, own.rdx, libc::SYS_read.cast_unsigned()]) {
+            piece.copy_from_slice(&word.to_ne_bytes());
+        }
         // rt_sigreturn looks for its frame 8 bytes below the stack pointer: a handler's return has taken the address.
         let registers = Registers(libc::user_regs_struct {
             orig_rax: u64::MAX,
@@ -245,10 +256,9 @@ struct MessageHeader {
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Image {
-    frames: [Frame; 4],
-    message: MessageHeader,
-    vector: [u64; 2],
-    byte: u64,
+    frames: [Frame; 5],
+    mend: MessageHeader,
+    vector: [u64; 4],
 }
 
 impl Image {

@@ -5,14 +5,15 @@
 //! [`Chain`], which takes the descriptor out of the socket. Until then nothing has changed and the caller, let go by whatever
 //! kills its tracer, makes the call anew; from then on it finishes by itself.
 
-use std::io::{self, IoSlice};
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 
+use memchr::memmem;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::arch::{Chain, Gadgets, State};
+use crate::arch::{Chain, FIRST, Gadgets, State, UPPER_HALF};
 use crate::notify::{CallId, Listener, Notification};
-use crate::process::Thread;
+use crate::process::{Mark, Thread};
 use crate::ptrace::{Interrupted, Seized, Stop, Stopped};
 use crate::{Errno, memory, socket};
 
@@ -25,11 +26,15 @@ pub struct Parcel {
 }
 
 impl Parcel {
-    /// Packs a copy of `file`.
-    pub fn pack(file: BorrowedFd<'_>) -> Result<Self, Errno> {
+    /// Packs a copy of `file` for the call `id`. The socket bears `mark`.
+    pub fn pack(id: CallId, file: BorrowedFd<'_>, mark: Mark) -> Result<Self, Errno> {
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
-        socket::send_with(&far, &[0], file)?;
+        let mut bytes = [0; 12];
+        bytes[..4].copy_from_slice(&FIRST);
+        bytes[4..].copy_from_slice(&id.0.to_ne_bytes());
+        socket::send_with(&far, &bytes, file)?;
+        mark.put(near.as_fd())?;
         Ok(Self { near, far })
     }
 
@@ -38,10 +43,19 @@ impl Parcel {
         &self.near
     }
 
-    /// Whether `fd` is the caller's end of a parcel that nobody has taken anything out of.
-    pub fn is_full(fd: BorrowedFd<'_>) -> bool {
-        let peeked = socket::receive_with(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-        matches!(peeked, Ok((1, Some(_))))
+    /// The same, alone.
+    pub fn into_socket(self) -> OwnedFd {
+        self.near
+    }
+
+    /// For which call the parcel was packed of which `fd` is the caller's end. `None`: it is none, or has been taken in.
+    pub fn call_of(fd: BorrowedFd<'_>) -> Option<CallId> {
+        let mut bytes = [0; 12];
+        let peeked = socket::receive_with(fd, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        let [first @ .., _, _, _, _, _, _, _, _] = bytes;
+        let [_, _, _, _, id @ ..] = bytes;
+        let is_ours = matches!(peeked, Ok((12, Some(_)))) && first == FIRST;
+        is_ours.then_some(CallId(u64::from_ne_bytes(id)))
     }
 }
 
@@ -83,7 +97,8 @@ pub fn deliver(
     let Some(chain) = Chain::take_in(&state, gadgets, number, close_on_exec) else {
         return no_room(&stopped, &registers);
     };
-    rustix::net::sendmsg(&parcel.far, &[IoSlice::new(&chain.mend)], &mut none(), SendFlags::NOSIGNAL)?;
+    rustix::net::send(&parcel.far, &chain.mend, SendFlags::NOSIGNAL)?;
+    rustix::net::send(&parcel.far, &UPPER_HALF, SendFlags::NOSIGNAL)?;
     match write(stopped.tid(), &chain.memory) {
         Ok(()) => {}
         Err(Errno::FAULT) => return no_room(&stopped, &registers),
@@ -114,10 +129,6 @@ pub fn ask_again(listener: &Listener, id: CallId, interrupted: Interrupted) -> R
 
 /// More than the largest state of a vector unit (AMX: 11 KiB).
 const EXTENDED: usize = 16 * 1024;
-
-fn none() -> rustix::net::SendAncillaryBuffer<'static, 'static, 'static> {
-    rustix::net::SendAncillaryBuffer::default()
-}
 
 fn no_room(stopped: &Stopped, registers: &crate::arch::Registers) -> Result<Done, Errno> {
     stopped.set_registers(&registers.with_result(-i64::from(Errno::NOMEM.raw_os_error())))?;
@@ -164,20 +175,25 @@ pub fn prepare(caller: &Thread) -> Result<Gadgets, Unfit> {
         return Err(Unfit::ShadowStack);
     }
     let (mut call, mut sigreturn) = (None, None);
+    let mut code = vec![0; PIECE + OVERLAP];
     for (start, end) in caller.code()? {
-        let mut code = vec![0; usize::try_from(end - start).unwrap_or(0)];
-        let length = memory::read(caller.tid(), start, &mut code)?;
-        let code = &code[..length];
-        call = call.or_else(|| find(code, Gadgets::CALL, start));
-        sigreturn = Gadgets::SIGRETURN
-            .iter()
-            .fold(sigreturn, |found, known| found.or_else(|| find(code, known, start)));
-        if let (Some(call), Some(sigreturn)) = (call, sigreturn) {
-            return Ok(Gadgets { call, sigreturn });
+        for at in (start..end).step_by(PIECE) {
+            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(code.len());
+            let length = memory::read(caller.tid(), at, &mut code[..wanted])?;
+            let find = |wanted: &[u8]| Some(at + memmem::find(&code[..length], wanted)? as u64);
+            call = call.or_else(|| find(Gadgets::CALL));
+            sigreturn = sigreturn.or_else(|| Gadgets::SIGRETURN.iter().find_map(|known| find(known)));
+            if let (Some(call), Some(sigreturn)) = (call, sigreturn) {
+                return Ok(Gadgets { call, sigreturn });
+            }
         }
     }
     Err(Unfit::NoLibc)
 }
+
+/// How much of a program is read at once, and how much of that again with what follows.
+const PIECE: usize = 256 * 1024;
+const OVERLAP: usize = 16;
 
 /// Whether the code is still where it was found.
 pub fn still_there(caller: &Thread, gadgets: Gadgets) -> bool {
@@ -187,11 +203,6 @@ pub fn still_there(caller: &Thread, gadgets: Gadgets) -> bool {
     read.is_ok()
         && call == Gadgets::CALL
         && Gadgets::SIGRETURN.iter().any(|known| sigreturn.starts_with(known))
-}
-
-fn find(code: &[u8], wanted: &[u8], start: u64) -> Option<u64> {
-    let at = code.windows(wanted.len()).position(|window| window == wanted)?;
-    Some(start + at as u64)
 }
 
 /// Why a caller cannot be handed an `O_PATH` descriptor.

@@ -5,7 +5,7 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 use crate::Errno;
@@ -113,18 +113,22 @@ impl Thread {
         Ok(status.lines().any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")))
     }
 
-    /// Where its code lies: start and end of each mapping that may be executed.
+    /// Where its code lies: start and end of each mapping that may be executed, the smallest first.
     pub fn code(&self) -> Result<Vec<(u64, u64)>, Errno> {
         let maps = self.read(c"maps")?;
         let number = |text| u64::from_str_radix(text, 16).ok();
-        let code = maps.lines().filter_map(|line| {
-            let (range, rest) = line.split_once(' ')?;
-            let (start, end) = range.split_once('-')?;
-            // The page of old system calls cannot be read.
-            let is_code = rest.as_bytes().get(2) == Some(&b'x') && !rest.ends_with("[vsyscall]");
-            is_code.then_some((number(start)?, number(end)?))
-        });
-        Ok(code.collect())
+        let mut code: Vec<_> = maps
+            .lines()
+            .filter_map(|line| {
+                let (range, rest) = line.split_once(' ')?;
+                let (start, end) = range.split_once('-')?;
+                // The page of old system calls cannot be read.
+                let is_code = rest.as_bytes().get(2) == Some(&b'x') && !rest.ends_with("[vsyscall]");
+                is_code.then_some((number(start)?, number(end)?))
+            })
+            .collect();
+        code.sort_by_key(|(start, end)| end.saturating_sub(*start));
+        Ok(code)
     }
 
     /// The user, as our user namespace numbers it, who made the user namespace that the thread is in.
@@ -188,6 +192,28 @@ impl Thread {
         close_on_exec: bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
         let (wanted, flags) = (rustix::fs::fstat(like)?, rustix::fs::fcntl_getfl(like)?);
+        let is_same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
+        self.search(mark, is_same, |fd, copy| {
+            rustix::fs::fcntl_getfl(copy) == Ok(flags) && self.closes_on_exec(fd) == Some(close_on_exec)
+        })
+    }
+
+    /// Looks in the thread's table for a socket with this [`Mark`] that `is_it` recognises. Returns its number there and a copy.
+    pub fn find_marked_socket(
+        &self,
+        mark: Mark,
+        is_it: impl Fn(&OwnedFd) -> bool,
+    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
+        let is_socket = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+        self.search(mark, is_socket, |_, copy| is_it(copy))
+    }
+
+    fn search(
+        &self,
+        mark: Mark,
+        is_like: impl Fn(&Stat) -> bool,
+        is_it: impl Fn(RawFd, &OwnedFd) -> bool,
+    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
         for entry in rustix::fs::Dir::read_from(&table)? {
@@ -196,15 +222,12 @@ impl Thread {
                 continue;
             };
             let found = rustix::fs::statat(&table, entry.file_name(), rustix::fs::AtFlags::empty());
-            let is_same =
-                |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
-            if !found.is_ok_and(is_same) {
+            if !found.is_ok_and(|stat| is_like(&stat)) {
                 continue;
             }
             // Whatever the workload closes meanwhile was not what is looked for.
             let Ok(copy) = self.descriptor(fd) else { continue };
-            let closes = || self.closes_on_exec(fd) == Some(close_on_exec);
-            if mark.is_on(copy.as_fd()) && rustix::fs::fcntl_getfl(&copy) == Ok(flags) && closes() {
+            if mark.is_on(copy.as_fd()) && is_it(fd, &copy) {
                 return Ok(Some((fd, copy)));
             }
         }

@@ -39,6 +39,9 @@ impl Post<'_> {
                 let (there, file) = found.map_or((None, file), |(number, file)| (Some(number), file));
                 return self.give(slot, call, caller, (file, close_on_exec, there), kept);
             }
+            Outcome::GivePath { file, close_on_exec } => {
+                return self.give_path(slot, call, caller, (&file, close_on_exec), was_begun);
+            }
             Outcome::Decline => Answer::Continue,
             Outcome::Fail(error) => Answer::Error(error),
             Outcome::Refuse(error, why) => {
@@ -221,7 +224,7 @@ impl Post<'_> {
         None
     }
 
-    fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Slot {
+    pub(crate) fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Slot {
         tracing::error!(session = self.session.id, "cannot park a file: {error}; EIO");
         self.send(call.id, Answer::Error(Errno::IO));
         slot.settle();

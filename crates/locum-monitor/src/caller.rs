@@ -1,9 +1,11 @@
 //! The threads that call, held and remembered.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use locum_kernel::Errno;
+use locum_kernel::arch::Gadgets;
+use locum_kernel::hand_over::{self, Unfit};
 use locum_kernel::memory::AddressSpace;
 use locum_kernel::process::{Ids, Status, Thread};
 
@@ -24,6 +26,8 @@ pub(crate) struct Caller {
     /// Held by the worker that is about a call of this thread. A thread waits for one call at a time, so whoever finds it
     /// held has been given a call made anew, and must not begin before the other knows that its own was withdrawn.
     busy: Mutex<()>,
+    /// What handing over an `O_PATH` descriptor needs of its program.
+    program: OnceLock<Result<Gadgets, Unfit>>,
 }
 
 impl Caller {
@@ -31,7 +35,7 @@ impl Caller {
         let thread = Thread::hold(tid)?;
         let memory = AddressSpace::open(thread.proc())?;
         let (status, started) = (thread.status()?, thread.start_time()?);
-        Ok(Self { thread, memory, started, status, busy: Mutex::default() })
+        Ok(Self { thread, memory, started, status, busy: Mutex::default(), program: OnceLock::new() })
     }
 
     /// Waits until no other worker is about a call of this thread.
@@ -47,6 +51,17 @@ impl Caller {
         self.thread.status().map(|status| std::borrow::Cow::Owned(status.ids))
     }
 
+    /// The process that the thread is of.
+    pub(crate) fn process(&self) -> u32 {
+        self.status.process
+    }
+
+    /// Whether there is still a process of that id.
+    pub(crate) fn process_lives(&self) -> bool {
+        let pid = rustix::process::Pid::from_raw(self.status.process.cast_signed());
+        pid.is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+    }
+
     /// Whether the thread can be remembered: not one that may leave its address space to another process by exec, as the
     /// child of a vfork does. Remaining race: one that shares it with a process that is not its parent. It would have its
     /// results written where it was before, which is memory of the same workload.
@@ -57,12 +72,16 @@ impl Caller {
 
 /// The callers that a session remembers.
 #[derive(Debug, Default)]
-pub(crate) struct Callers(Mutex<HashMap<u32, Arc<Caller>>>);
+pub(crate) struct Callers {
+    threads: Mutex<HashMap<u32, Arc<Caller>>>,
+    /// By process id. What is found there is looked at before it is used.
+    programs: Mutex<HashMap<u32, Gadgets>>,
+}
 
 impl Callers {
     /// Whoever has the id `tid` now. ENOENT or ESRCH: nobody.
     pub(crate) fn meet(&self, tid: u32) -> Result<Arc<Caller>, Errno> {
-        let known = lock(&self.0).get(&tid).cloned();
+        let known = lock(&self.threads).get(&tid).cloned();
         if let Some(caller) = known {
             if caller.thread.lives() {
                 return Ok(caller);
@@ -71,7 +90,7 @@ impl Callers {
         }
         let caller = Arc::new(Caller::meet(tid)?);
         if caller.lasts() {
-            let mut known = lock(&self.0);
+            let mut known = lock(&self.threads);
             if known.len() >= REMEMBERED {
                 known.retain(|_, caller| caller.thread.lives());
             }
@@ -85,6 +104,39 @@ impl Callers {
 
     /// Has the thread `tid` looked at anew the next time: it changed its address space.
     pub(crate) fn forget(&self, tid: u32) {
-        lock(&self.0).remove(&tid);
+        lock(&self.threads).remove(&tid);
+    }
+
+    /// Whether `caller` can be handed an `O_PATH` descriptor, as far as its program goes.
+    pub(crate) fn takes_path(&self, caller: &Caller) -> bool {
+        self.find_program(caller).is_ok()
+    }
+
+    /// What handing over an `O_PATH` descriptor to `caller` needs of its program.
+    pub(crate) fn program(&self, caller: &Caller) -> Result<Gadgets, Unfit> {
+        let found = self.find_program(caller).clone()?;
+        if hand_over::still_there(&caller.thread, found) {
+            return Ok(found);
+        }
+        // It has executed another program since it was remembered.
+        self.forget(caller.thread.tid());
+        hand_over::prepare(&caller.thread)
+    }
+
+    /// To search all the code takes a millisecond, so what was found for another thread of the process is tried first.
+    fn find_program<'a>(&self, caller: &'a Caller) -> &'a Result<Gadgets, Unfit> {
+        caller.program.get_or_init(|| {
+            let mut programs = lock(&self.programs);
+            let known = programs.get(&caller.process()).copied();
+            if let Some(known) = known.filter(|known| hand_over::still_there(&caller.thread, *known)) {
+                return Ok(known);
+            }
+            let found = hand_over::prepare(&caller.thread)?;
+            if programs.len() >= REMEMBERED {
+                programs.clear();
+            }
+            programs.insert(caller.process(), found);
+            Ok(found)
+        })
     }
 }

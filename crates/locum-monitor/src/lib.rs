@@ -9,6 +9,7 @@ mod answer;
 mod audit;
 mod caller;
 mod calls;
+mod exact;
 mod exports;
 #[cfg(debug_assertions)]
 mod fault;

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
 use locum_kernel::process::Thread;
+use rustix::fs::FileType;
 
 use crate::answer::find;
 use crate::calls::CutOff;
+use crate::exact::Stray;
 use crate::session::{KEPT_MS, Served, Session, Undelivered, now_ms};
 use crate::worker;
 
@@ -54,9 +56,12 @@ pub(crate) fn installed(left: &Left) -> Option<OwnedFd> {
         return None;
     }
     let caller = Thread::hold(left.call.tid).ok()?;
-    (caller.start_time() == Ok(left.caller_started))
+    let file = (caller.start_time() == Ok(left.caller_started))
         .then(|| caller.descriptor(left.descriptor).ok())
-        .flatten()
+        .flatten()?;
+    // A socket is never what was opened: it is one in which something else was handed over.
+    let is_socket = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+    (!rustix::fs::fstat(&file).is_ok_and(is_socket)).then_some(file)
 }
 
 /// Goes through what dead monitors left of `served`: each call that still waits gets a worker, which settles it.
@@ -67,7 +72,8 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     // A monitor that died between settling a slot and emptying its park left a file there, which would stay for ever.
     served.clear_parks(|index| !waiting.iter().chain(&over).any(|slot| slot.index() == index));
     for slot in over {
-        if let Some(slot) = keep_withdrawn(session, served, slot, &waiting) {
+        let kept = keep_stray(session, slot).and_then(|slot| keep_withdrawn(session, served, slot, &waiting));
+        if let Some(slot) = kept {
             slot.settle();
             if let Some(park) = served.known_park(slot.index()) {
                 park.clear();
@@ -76,6 +82,23 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     }
     for slot in waiting {
         worker::start(session, served, Some(slot));
+    }
+}
+
+/// Keeps what is in `slot` if it is a socket in the caller's table that was to hand an `O_PATH` descriptor over. Gives the slot
+/// back if not.
+pub(crate) fn keep_stray(session: &Session, slot: Slot) -> Option<Slot> {
+    let Some(left) = slot.left() else { return Some(slot) };
+    if matches!(left.stage, Stage::Idle | Stage::Receiving | Stage::Performing) {
+        return Some(slot);
+    }
+    let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
+    match Stray::left(slot, &left, &caller) {
+        Ok(stray) => {
+            session.keep_stray(stray);
+            None
+        }
+        Err(slot) => Some(slot),
     }
 }
 

@@ -16,6 +16,7 @@ use locum_policy::Policy;
 use crate::Shared;
 use crate::audit::Audit;
 use crate::caller::{Caller, Callers};
+use crate::exact::Stray;
 use crate::exports::Export;
 use crate::keys::KeyId;
 use crate::lifeline::Lifeline;
@@ -56,6 +57,7 @@ pub(crate) struct Session {
     /// Listener ids that are or were served here; a slot of any other is stale.
     pub(crate) served: Mutex<HashMap<u64, Arc<Served>>>,
     undelivered: Mutex<Vec<Undelivered>>,
+    strays: Mutex<Vec<Stray>>,
 }
 
 /// One listener of a session.
@@ -170,6 +172,7 @@ impl Session {
             shared,
             served: Mutex::default(),
             undelivered: Mutex::default(),
+            strays: Mutex::default(),
         };
         if let Some(granted) = &session.granted {
             granted.find_now(&session);
@@ -211,8 +214,37 @@ impl Session {
             .any(|result| (result.call.tid, result.descriptor) == (tid, Some(descriptor)))
     }
 
-    /// Forgets the results whose time is over.
+    /// Keeps a stray until it can be put to use.
+    pub(crate) fn keep_stray(&self, stray: Stray) {
+        let mut strays = lock(&self.strays);
+        if strays.len() >= KEPT {
+            strays.remove(0).settle();
+        }
+        strays.push(stray);
+    }
+
+    /// Takes a stray that `caller` has in its table and that is good for its call.
+    pub(crate) fn stray(&self, caller: &Caller) -> Option<Stray> {
+        let mut strays = lock(&self.strays);
+        while let Some(index) = strays.iter().position(|stray| stray.is_for(caller)) {
+            let stray = strays.swap_remove(index);
+            if stray.is_with(caller) {
+                return Some(stray);
+            }
+            stray.settle();
+        }
+        None
+    }
+
+    /// Forgets the results whose time is over, and strays of processes that are gone.
     pub(crate) fn expire(&self, now: u64) {
+        lock(&self.strays).retain(|stray| {
+            let keep = stray.lasts();
+            if !keep {
+                stray.settle();
+            }
+            keep
+        });
         lock(&self.undelivered).retain(|result| {
             let keep = now.saturating_sub(result.since) < KEPT_MS;
             if !keep {

@@ -182,6 +182,8 @@ impl Worker {
     fn serve_caller(&mut self, slot: Slot, call: &Notification, caller: &Arc<Caller>) -> Result<Slot, Leave> {
         let _turn = caller.turn();
         self.served.lifeline.keep(&self.session, &self.served, call, caller);
+        // That takes long, once, next to the call itself: to be killed in it says nothing about the call.
+        self.session.callers.takes_path(caller);
         let was_begun = slot.left().is_some_and(|left| left.tries > 0);
         slot.performing(caller.started);
         let kept = RefCell::new(None);
@@ -231,8 +233,11 @@ impl Worker {
             own_descriptors: &session.shared.own_descriptors,
             own_root: &session.shared.own_root,
             kept: &kept,
+            takes_path: &|| session.callers.takes_path(caller),
         };
-        handles::carry_out(call, caller, &Grant { calls: &granted.policy.calls, exports }, &mut bench)
+        let policy = &granted.policy;
+        let grant = Grant { calls: &policy.calls, exports, o_path: policy.o_path };
+        handles::carry_out(call, caller, &grant, &mut bench)
     }
 
     /// A caller that cannot be looked at: gone, or somewhere that this monitor does not see.
@@ -278,9 +283,9 @@ impl Worker {
             recovery::Repair::Fail(error, why) => {
                 tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "{why}; {error}");
                 self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
+                let slot = recovery::keep_stray(&self.session, slot);
                 post.send(call.id, Answer::Error(error));
-                slot.settle();
-                Ok(slot)
+                slot.inspect(Slot::settle).or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)
             }
         }
     }

@@ -52,9 +52,7 @@ impl Reader<'_> {
             })?,
             None => vec![0],
         };
-        if let Some(value) = get("o_path") {
-            self.o_path(value)?;
-        }
+        let o_path = get("o_path").map_or(Ok(OPath::Exact), |value| self.o_path(value))?;
         let lifeline = get("lifeline").map_or(Ok(true), |value| self.truth(value))?;
         let trusted = get("trusted").map_or_else(|| Ok(Vec::new()), |value| self.trusted(value))?;
         let scope = match get("scope") {
@@ -62,16 +60,7 @@ impl Reader<'_> {
             None => Scope::container(),
         };
         let limits = get("limits").map_or_else(|| Ok(Limits::default()), |value| self.limits(value))?;
-        Ok(Policy {
-            name: name.to_owned(),
-            calls,
-            peers,
-            exports,
-            scope,
-            o_path: OPath::Fast,
-            lifeline,
-            limits,
-        })
+        Ok(Policy { name: name.to_owned(), calls, peers, exports, scope, o_path, lifeline, limits })
     }
 
     fn calls(&self, value: &Value<'_>) -> Result<Vec<Call>, PolicyError> {
@@ -108,15 +97,11 @@ impl Reader<'_> {
         })
     }
 
-    fn o_path(&self, value: &Value<'_>) -> Result<(), PolicyError> {
-        match self.string(value, "\"fast\"")? {
-            "fast" => Ok(()),
-            "exact" => Err(self.error(
-                value.span(),
-                "o_path = \"exact\" is not available in this release: wanted \"fast\"".to_owned(),
-            )),
-            other => Err(self.error(value.span(), format!("wanted \"fast\", found {other:?}"))),
-        }
+    fn o_path(&self, value: &Value<'_>) -> Result<OPath, PolicyError> {
+        let wanted = "\"exact\" or \"fast\"";
+        let found = self.string(value, wanted)?;
+        let known = [OPath::Exact, OPath::Fast].into_iter().find(|known| known.name() == found);
+        known.ok_or_else(|| self.error(value.span(), format!("wanted {wanted}, found {found:?}")))
     }
 
     fn truth(&self, value: &Value<'_>) -> Result<bool, PolicyError> {
@@ -297,8 +282,8 @@ mod tests {
                 "p.toml:2:12: the export \"share\" is not a normal absolute path: wanted one like \"/share\", without . and .. and without a / at the end\n  |\n2 | exports = ['share']\n  |            ^^^^^^^",
             ),
             (
-                "[a]\no_path = 'exact'",
-                "p.toml:2:10: o_path = \"exact\" is not available in this release: wanted \"fast\"\n  |\n2 | o_path = 'exact'\n  |          ^^^^^^^",
+                "[a]\no_path = 'slow'",
+                "p.toml:2:10: wanted \"exact\" or \"fast\", found \"slow\"\n  |\n2 | o_path = 'slow'\n  |          ^^^^^^",
             ),
             (
                 "[a]\nscope = '{container}'",

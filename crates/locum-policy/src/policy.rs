@@ -27,8 +27,20 @@ impl Call {
 /// How `O_PATH` descriptors are handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OPath {
-    /// One that can be read stands in, for files and folders that the caller may read.
+    /// As what they are, always.
+    Exact,
+    /// One that can be read stands in, for files and folders that the caller may read; all others are exact.
     Fast,
+}
+
+impl OPath {
+    /// Its name in a policy file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        }
+    }
 }
 
 /// What one session may use at most.
@@ -82,7 +94,7 @@ impl Policy {
     pub fn to_toml(&self) -> String {
         let list = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>().join(", ");
         format!(
-            "[{}]\ncalls = [{}]\npeers = [{}]\nexports = [{}]\nscope = {}\ntrusted = [{}]\no_path = \"fast\"\nlifeline = {}\n\n\
+            "[{}]\ncalls = [{}]\npeers = [{}]\nexports = [{}]\nscope = {}\ntrusted = [{}]\no_path = {}\nlifeline = {}\n\n\
              [{}.limits]\nworkers = {}\ndeadline_ms = {}\n",
             quoted(&self.name),
             list(&mut self.calls.iter().map(|call| quoted(call.name()))),
@@ -90,6 +102,7 @@ impl Policy {
             list(&mut self.exports.iter().map(|path| quoted(path))),
             quoted(self.scope.template()),
             list(&mut self.scope.fields().map(|field| quoted(&field))),
+            quoted(self.o_path.name()),
             self.lifeline,
             quoted(&self.name),
             self.limits.workers,

@@ -4,13 +4,13 @@
 //! no rights, since the call needs none; for open_by_handle_at(2) as that user with CAP_DAC_READ_SEARCH, which is what
 //! is missing; and for what is a matter of permission on the file, by that user's own open(2).
 //!
-//! What differs, and is meant to: the trailer's 24 bytes; EOPNOTSUPP for what cannot be opened by a stand-in for an
-//! O_PATH descriptor (`class` "fast"); the stand-in's own flags ("path"); ESTALE for a handle whose type was changed, which
+//! What differs, and is meant to: the trailer's 24 bytes; EOPNOTSUPP for what lies on no export (`class` "outside"); with
+//! `o_path = "fast"`, the flags of a stand-in for an O_PATH descriptor ("path"); ESTALE for a handle whose type was changed, which
 //! some file systems would open ("signed"); O_NOFOLLOW as F_GETFL tells it ("nofollow").
 //!
 //! Of the faults found in others' code, here: calls by threads that lead no group; null pointers and empty buffers; a failed
 //! look-up that lets the call through; FIFOs and devices that are opened for somebody; every error turned into EPERM; O_PATH
-//! silently taken off (what a stand-in cannot stand for is never named).
+//! silently taken off.
 
 mod common;
 
@@ -144,8 +144,10 @@ impl Ground {
         Self::cases(command)
     }
 
-    fn through_locum(&self, set: &str) -> BTreeMap<String, Value> {
-        let mut command = locum(&["run", "--user", "65534"]);
+    fn through_locum(&self, o_path: &str, set: &str) -> BTreeMap<String, Value> {
+        let policy = self.path("policy.toml");
+        std::fs::write(&policy, format!("[parity]\no_path = {o_path:?}\n")).unwrap();
+        let mut command = locum(&["run", "--user", "65534", "--policy", policy.to_str().unwrap()]);
         command.args(["--export", &self.text("fs"), "--export", &self.text("ro"), "--"]);
         command.args([&self.text("caller"), "as-is", set, &self.text("fs")]);
         Self::cases(command)
@@ -178,7 +180,7 @@ fn octal(flags: &Value) -> i64 {
 }
 
 /// What locum should tell, from what the kernel told.
-fn expected(native: &Value, locum: &Value) -> Value {
+fn expected(o_path: &str, native: &Value, locum: &Value) -> Value {
     let mut wanted = native.clone();
     match locum["class"].as_str().unwrap() {
         // Never named, so never opened.
@@ -186,7 +188,7 @@ fn expected(native: &Value, locum: &Value) -> Value {
             wanted["result"] = "errno 95".into();
             wanted["effect"] = Value::Null;
         }
-        "fast" if native["result"] == "ok" => {
+        "outside" if native["result"] == "ok" => {
             wanted["result"] = "errno 95".into();
             // Nothing is written.
             wanted["effect"] =
@@ -203,7 +205,7 @@ fn expected(native: &Value, locum: &Value) -> Value {
             wanted["effect"]["fd"]["flags"] = format!("{flags:#o}").into();
         }
         // The same file, which may be read.
-        "path" if native["result"] == "ok" => {
+        "path" if native["result"] == "ok" && o_path == "fast" => {
             let flags = octal(&locum["effect"]["fd"]["flags"]);
             assert_eq!(flags & 3, 0, "a stand-in that can be written: {locum}");
             wanted["effect"]["fd"]["flags"] = locum["effect"]["fd"]["flags"].clone();
@@ -223,17 +225,22 @@ fn expected(native: &Value, locum: &Value) -> Value {
     wanted
 }
 
-fn compare(kind: &str, native: &BTreeMap<String, Value>, locum: &BTreeMap<String, Value>) -> Vec<String> {
+fn compare(
+    kind: &str,
+    o_path: &str,
+    native: &BTreeMap<String, Value>,
+    locum: &BTreeMap<String, Value>,
+) -> Vec<String> {
     let mut wrong = Vec::new();
     for (name, ours) in locum {
         let Some(theirs) = native.get(name) else {
             wrong.push(format!("{kind}: {name}: only through locum: {ours}"));
             continue;
         };
-        let wanted = expected(theirs, ours);
+        let wanted = expected(o_path, theirs, ours);
         if (&wanted["result"], &wanted["effect"]) != (&ours["result"], &ours["effect"]) {
             wrong.push(format!(
-                "{kind}: {name}\n  kernel {} {}\n  locum  {} {}",
+                "{kind}, {o_path}: {name}\n  kernel {} {}\n  locum  {} {}",
                 theirs["result"], theirs["effect"], ours["result"], ours["effect"]
             ));
         }
@@ -249,12 +256,16 @@ fn compare(kind: &str, native: &BTreeMap<String, Value>, locum: &BTreeMap<String
 
 fn parity(kind: &str) {
     let ground = Ground::new(kind);
-    let mut wrong = compare(kind, &ground.directly("own", "name"), &ground.through_locum("name"));
+    let named = ground.directly("own", "name");
     let mut native = ground.directly("decode", "open");
     native.retain(|_, case| case["class"] != "permission");
     let by_permission = ground.directly("own", "permission");
     native.extend(by_permission);
-    wrong.extend(compare(kind, &native, &ground.through_locum("open")));
+    let mut wrong = Vec::new();
+    for o_path in ["exact", "fast"] {
+        wrong.extend(compare(kind, o_path, &named, &ground.through_locum(o_path, "name")));
+        wrong.extend(compare(kind, o_path, &native, &ground.through_locum(o_path, "open")));
+    }
     assert!(wrong.is_empty(), "{} cases differ:\n{}", wrong.len(), wrong.join("\n"));
 }
 

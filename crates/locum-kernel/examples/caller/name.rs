@@ -93,7 +93,7 @@ pub(crate) fn jail(ground: &Ground) {
     at("same", "chroot, an absolute link", "up", FOLLOW);
     at("same", "chroot, the folder itself", "", EMPTY_PATH);
     unshare(libc::CLONE_NEWNS);
-    at("fast", "mount namespace of its own", "inner", 0);
+    at("outside", "mount namespace of its own", "inner", 0);
 }
 
 fn paths(ground: &Ground) {
@@ -127,7 +127,7 @@ fn paths(ground: &Ground) {
         at("same", path.as_bytes(), FOLLOW);
     }
     for path in ["link", "dangling", "loop", "fifo", "device", "secret"] {
-        at("fast", path.as_bytes(), 0);
+        at("same", path.as_bytes(), 0);
         at("same", path.as_bytes(), FID);
     }
     at("same", b"/proc/self/status", 0);
@@ -198,15 +198,15 @@ fn descriptors(ground: &Ground) {
         by("same", &format!("{label}, relative"), dir, file, 0);
         by("same", &format!("{label}, empty path"), dir, empty, 0);
         by("same", &format!("{label}, NULL path"), dir, 0, 0);
-        let class = if label == "memfd" { "fast" } else { "same" };
+        let class = if label == "memfd" { "outside" } else { "same" };
         by(class, &format!("{label}, itself"), dir, empty, EMPTY_PATH);
     }
     by("same", "AT_FDCWD, itself", AT_FDCWD, empty, EMPTY_PATH);
     by("same", "AT_FDCWD, itself, followed", AT_FDCWD, empty, EMPTY_PATH | FOLLOW);
     by("same", "folder, itself", fd(&folder), empty, EMPTY_PATH);
     by("same", "deleted file, itself", fd(&deleted), empty, EMPTY_PATH);
-    by("fast", "link, itself", fd(&link), empty, EMPTY_PATH);
-    by("fast", "link, itself, followed", fd(&link), empty, EMPTY_PATH | FOLLOW);
+    by("same", "link, itself", fd(&link), empty, EMPTY_PATH);
+    by("same", "link, itself, followed", fd(&link), empty, EMPTY_PATH | FOLLOW);
     by("same", "link, itself, to compare", fd(&link), empty, EMPTY_PATH | FID);
 }
 

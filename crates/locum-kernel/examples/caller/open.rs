@@ -28,6 +28,7 @@ pub(crate) fn run(ground: &Ground) {
     mounts(ground, &mount);
     handles(ground, &mount);
     flags(ground, &mount);
+    path_only(ground, &mount);
     permissions(ground, &mount);
     files(ground, &mount);
     full_table(ground, &mount);
@@ -136,6 +137,18 @@ fn flags(ground: &Ground, mount: &OwnedFd) {
         ] {
             let case = format!("{name} O_PATH and {more:#o}");
             tell_open(ground, "path", &case, fd(mount), &handle, PATH | u64::from(more), name);
+        }
+    }
+}
+
+/// What can be opened with O_PATH alone, by this user.
+fn path_only(ground: &Ground, mount: &OwnedFd) {
+    for name in ["link", "dangling", "loop", "fifo", "device", "secret", "theirs", "folder/up"] {
+        let handle = ground.handle(&ground.path(name));
+        for more in [OFlags::empty(), OFlags::CLOEXEC, OFlags::NOFOLLOW, OFlags::DIRECTORY, OFlags::TRUNC] {
+            let case = format!("{name} O_PATH and {:#o}", more.bits());
+            let class = if name == "theirs" { "path" } else { "same" };
+            tell_open(ground, class, &case, fd(mount), &handle, PATH | u64::from(more.bits()), name);
         }
     }
 }

@@ -25,6 +25,13 @@ pub(crate) enum Outcome {
         /// Whether it is closed on exec in the caller.
         close_on_exec: bool,
     },
+    /// The same for an `O_PATH` descriptor, which is handed over in another way.
+    GivePath {
+        /// The descriptor.
+        file: OwnedFd,
+        /// Whether it is closed on exec in the caller.
+        close_on_exec: bool,
+    },
     /// The caller makes the call itself, unhelped.
     Decline,
 }

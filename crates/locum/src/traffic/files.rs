@@ -10,9 +10,9 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use locum_kernel::handle::Named;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 
-/// Of 64 files, and half as many folders.
+/// Of 56 files, 28 folders, and 12 of what can be opened with `O_PATH` alone.
 const COUNT: usize = 96;
 
 pub(super) struct Files {
@@ -29,10 +29,19 @@ pub(super) struct Known {
     pub(super) fd: OwnedFd,
     pub(super) device: u64,
     pub(super) inode: u64,
-    /// `None`: it is a folder.
-    pub(super) content: Option<String>,
+    pub(super) kind: Kind,
     /// As it was first told. It must be the same for ever.
     pub(super) handle: OnceLock<Named>,
+}
+
+/// What a file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Folder,
+    /// With this content.
+    File(String),
+    /// A symbolic link, a FIFO, a socket, or a file that its owner may not read: only `O_PATH` opens all of them.
+    PathOnly,
 }
 
 impl Files {
@@ -48,20 +57,36 @@ impl Files {
 
 impl Known {
     fn prepare(dir: &Path, index: usize) -> io::Result<Self> {
-        let is_folder = index % 3 == 2;
-        let name = format!("{}-{index}", if is_folder { "folder" } else { "file" });
+        let (what, node) = match index % 24 {
+            0 => ("link", None),
+            6 => ("fifo", Some((FileType::Fifo, Mode::RUSR | Mode::WUSR))),
+            12 => ("socket", Some((FileType::Socket, Mode::RUSR | Mode::WUSR))),
+            // A regular file without a single right.
+            18 => ("closed", Some((FileType::RegularFile, Mode::empty()))),
+            other if other % 3 == 2 => ("folder", None),
+            _ => ("file", None),
+        };
+        let name = format!("{what}-{index}");
         let path = dir.join(&name);
-        let content = (!is_folder).then(|| format!("{name}: this and nothing else\n"));
-        match &content {
-            None => match std::fs::create_dir(&path) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            },
-            Some(content) => match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(mut file) => file.write_all(content.as_bytes())?,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            },
+        let kind = match what {
+            "folder" => Kind::Folder,
+            "file" => Kind::File(format!("{name}: this and nothing else\n")),
+            _ => Kind::PathOnly,
+        };
+        let made = match (&kind, node) {
+            (Kind::Folder, _) => std::fs::create_dir(&path),
+            (Kind::File(content), _) => {
+                let file = OpenOptions::new().write(true).create_new(true).open(&path);
+                file.and_then(|mut file| file.write_all(content.as_bytes()))
+            }
+            (Kind::PathOnly, None) => std::os::unix::fs::symlink("nowhere", &path),
+            (Kind::PathOnly, Some((kind, mode))) => {
+                rustix::fs::mknodat(CWD, &path, kind, mode, 0).map_err(io::Error::from)
+            }
+        };
+        match made {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
         }
         let path = CString::new(path.as_os_str().as_bytes())?;
         let fd =
@@ -69,7 +94,7 @@ impl Known {
         let stat = rustix::fs::fstat(&fd)?;
         let name = CString::new(name)?;
         let (device, inode) = (stat.st_dev, stat.st_ino);
-        Ok(Self { name, path, fd, device, inode, content, handle: OnceLock::new() })
+        Ok(Self { name, path, fd, device, inode, kind, handle: OnceLock::new() })
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, CWD, OFlags};
 use rustix::io::FdFlags;
 
 use super::counters::Counters;
-use super::files::{Files, Known};
+use super::files::{Files, Kind, Known};
 
 pub(super) struct Lane<'a> {
     files: &'a Files,
@@ -51,7 +51,7 @@ impl<'a> Lane<'a> {
     fn name(&mut self, known: &Known) {
         let (dir, path, flags) = match self.below(8) {
             0 => (self.files.dir.as_fd(), &known.name, AtFlags::empty()),
-            1 => (CWD, &known.path, AtFlags::SYMLINK_FOLLOW),
+            1 if known.kind != Kind::PathOnly => (CWD, &known.path, AtFlags::SYMLINK_FOLLOW),
             _ => (known.fd.as_fd(), &CString::default(), AtFlags::EMPTY_PATH),
         };
         let named = self.counters.timed(self.index, || handle::name_to_handle_at(dir, path, flags));
@@ -68,6 +68,7 @@ impl<'a> Lane<'a> {
 
     fn open(&mut self, known: &Known, handle: &Handle) {
         let access = match self.below(8) {
+            _ if known.kind == Kind::PathOnly => OFlags::PATH,
             0 => OFlags::WRONLY,
             1 => OFlags::RDWR,
             2 => OFlags::RDONLY | OFlags::DIRECTORY,
@@ -76,9 +77,9 @@ impl<'a> Lane<'a> {
         };
         let close_on_exec = if self.below(4) == 0 { OFlags::empty() } else { OFlags::CLOEXEC };
         let flags = access | close_on_exec;
-        let wanted = match (&known.content, access) {
-            (None, OFlags::WRONLY | OFlags::RDWR) => Some(Errno::ISDIR),
-            (Some(_), access) if access.contains(OFlags::DIRECTORY) => Some(Errno::NOTDIR),
+        let wanted = match (&known.kind, access) {
+            (Kind::Folder, OFlags::WRONLY | OFlags::RDWR) => Some(Errno::ISDIR),
+            (Kind::File(_), access) if access.contains(OFlags::DIRECTORY) => Some(Errno::NOTDIR),
             _ => None,
         };
         match (self.open_by_handle(handle, flags), wanted) {
@@ -137,12 +138,12 @@ impl<'a> Lane<'a> {
         if on_exec != flags.contains(OFlags::CLOEXEC) {
             return Err(format!("close-on-exec is {on_exec}"));
         }
-        if flags.contains(OFlags::PATH) {
+        let modes = OFlags::RDONLY | OFlags::WRONLY | OFlags::RDWR | OFlags::PATH;
+        let has = rustix::fs::fcntl_getfl(fd).map_err(told)? & modes;
+        if flags.contains(OFlags::PATH) && has == OFlags::RDONLY && known.kind != Kind::PathOnly {
             // A policy may let a read-only descriptor stand in.
             return Ok(());
         }
-        let modes = OFlags::RDONLY | OFlags::WRONLY | OFlags::RDWR | OFlags::PATH;
-        let has = rustix::fs::fcntl_getfl(fd).map_err(told)? & modes;
         if has != flags & modes {
             return Err(format!("its access mode is {has:?}"));
         }
@@ -151,7 +152,10 @@ impl<'a> Lane<'a> {
 
     /// Reads what must be there, writes what is there already.
     fn use_content(known: &Known, fd: &OwnedFd, access: OFlags) -> Result<(), String> {
-        let Some(content) = &known.content else { return Ok(()) };
+        let Kind::File(content) = &known.kind else { return Ok(()) };
+        if access == OFlags::PATH {
+            return Ok(());
+        }
         if access != OFlags::RDONLY {
             let written = rustix::io::pwrite(fd, content.as_bytes(), 0);
             if written != Ok(content.len()) {

@@ -9,7 +9,7 @@ use locum_kernel::Errno;
 use locum_kernel::arch::AUDIT_ARCH;
 use locum_kernel::credentials::{Rights, Worker};
 use locum_kernel::notify::Notification;
-use locum_policy::Call;
+use locum_policy::{Call, OPath};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use super::{CutOff, Outcome, int};
@@ -21,6 +21,7 @@ use crate::exports::Export;
 pub(crate) struct Grant<'a> {
     pub(crate) calls: &'a [Call],
     pub(crate) exports: &'a [Export],
+    pub(crate) o_path: OPath,
 }
 
 impl Grant<'_> {
@@ -39,6 +40,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) own_root: &'a OwnedFd,
     /// A file that an earlier try of this very call opened and could not deliver, if it is the one with this identity.
     pub(crate) kept: &'a dyn Fn(Identity) -> Option<OwnedFd>,
+    /// Whether the caller can be handed an `O_PATH` descriptor.
+    pub(crate) takes_path: &'a dyn Fn() -> bool,
 }
 
 /// Which file something is: device and inode number.
@@ -77,7 +80,9 @@ pub(crate) fn carry_out(
         }
         Some(Call::OpenByHandleAt) => {
             open::read(call, caller).and_then(|request| match open::permit(&request, grant) {
-                open::Verdict::Open { handle } => open::perform(&request, &handle, caller, bench),
+                open::Verdict::Open { handle } => {
+                    open::perform(&request, &handle, caller, grant.o_path, bench)
+                }
                 open::Verdict::Fail(error) => Err(error),
                 open::Verdict::Refuse(error, why) => Ok(Outcome::Refuse(error, why)),
             })
@@ -89,7 +94,9 @@ pub(crate) fn carry_out(
 /// Naming can be done over and again. So can opening, unless it cuts the file to nothing: what was written in between
 /// would be lost.
 pub(super) fn cut_off(call: &Notification) -> CutOff {
-    let truncates = int(call.args[2]) & OFlags::TRUNC.bits().cast_signed() != 0;
+    let flags = OFlags::from_bits_retain(int(call.args[2]).cast_unsigned());
+    // With O_PATH, the kernel looks at no other flag that does anything.
+    let truncates = flags.contains(OFlags::TRUNC) && !flags.contains(OFlags::PATH);
     if call.nr == number(Call::OpenByHandleAt) && truncates { CutOff::Neither } else { CutOff::Repeat }
 }
 

@@ -80,7 +80,7 @@ pub(super) fn perform(
     let named = name(target, request.flags, bench)?;
     let (export, room) = permit(request, &named, unique, grant)?;
     let purpose = if request.flags & flag::FID != 0 { Purpose::Compare } else { Purpose::Open };
-    if purpose == Purpose::Open && !can_be_opened(target, caller, bench)? {
+    if purpose == Purpose::Open && !(bench.takes_path)() && !can_be_opened(target, caller, bench)? {
         return Err(Errno::OPNOTSUPP);
     }
     Ok(answer(request, room, unique, &named, export, purpose))
@@ -119,7 +119,7 @@ fn name(target: &OwnedFd, flags: u32, bench: &Bench<'_>) -> Result<handle::Named
 }
 
 /// Whether a descriptor that stands in for an `O_PATH` one could be had: a folder or regular file that the caller may
-/// read. A matter of convenience, not of permission: opening asks the kernel.
+/// read. Asked of callers that cannot be handed a true one. A matter of convenience, not of permission: opening asks the kernel.
 fn can_be_opened(target: &OwnedFd, caller: &Caller, bench: &mut Bench<'_>) -> Result<bool, Errno> {
     let wanted = StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::UID;
     let file = rustix::fs::statx(target, c"", AtFlags::EMPTY_PATH, wanted)?;

@@ -6,6 +6,7 @@ use locum_kernel::credentials::Rights;
 use locum_kernel::handle::{self, Handle, MAX_BYTES};
 use locum_kernel::notify::Notification;
 use locum_kernel::{Errno, memory};
+use locum_policy::OPath;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::super::{Outcome, int};
@@ -84,17 +85,23 @@ pub(super) fn perform(
     request: &Request,
     handle: &Handle,
     caller: &Caller,
+    o_path: OPath,
     bench: &mut Bench<'_>,
 ) -> Result<Outcome, Errno> {
+    let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
+    let wants_path = request.flags.contains(OFlags::PATH);
     let ids = caller.ids()?;
     // The kernel makes room for a descriptor before it cuts a file to nothing. Remaining race: another thread of the
     // caller's fills the table meanwhile.
-    let no_room = request.flags.contains(OFlags::TRUNC) && caller.thread.table_is_full()?;
+    let no_room = !wants_path && request.flags.contains(OFlags::TRUNC) && caller.thread.table_is_full()?;
     bench.worker.have(Rights::Decode)?;
     let path_only = OFlags::PATH | OFlags::CLOEXEC;
-    let found = handle::open_by_handle_at(request.mount.as_fd(), handle, path_only.bits().cast_signed())?;
+    let flags = if wants_path { request.flags | path_only } else { path_only };
+    let found = handle::open_by_handle_at(request.mount.as_fd(), handle, flags.bits().cast_signed())?;
+    if wants_path && o_path == OPath::Exact {
+        return Ok(Outcome::GivePath { file: found, close_on_exec });
+    }
     let stat = rustix::fs::fstat(&found)?;
-    let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
     if let Some(file) = (bench.kept)(Identity { device: stat.st_dev, inode: stat.st_ino }) {
         return Ok(Outcome::Give { file, close_on_exec });
     }
@@ -102,10 +109,9 @@ pub(super) fn perform(
         return Err(Errno::MFILE);
     }
     let kind = FileType::from_raw_mode(stat.st_mode);
-    let flags = if request.flags.contains(OFlags::PATH) {
-        // A true O_PATH descriptor cannot be handed over: one that can only be read stands in for it.
+    let flags = if wants_path {
         if !matches!(kind, FileType::RegularFile | FileType::Directory) {
-            return Err(Errno::OPNOTSUPP);
+            return Ok(Outcome::GivePath { file: found, close_on_exec });
         }
         OFlags::RDONLY | request.flags & OFlags::DIRECTORY
     } else {
@@ -117,11 +123,18 @@ pub(super) fn perform(
         request.flags - OFlags::NOFOLLOW
     };
     bench.worker.act_as(&ids)?;
-    let file = match kind {
-        FileType::Directory => open_directory(bench, &found, flags)?,
-        _ => reopen(bench, &found, flags)?,
+    let opened = match kind {
+        FileType::Directory => open_directory(bench, &found, flags),
+        _ => reopen(bench, &found, flags),
     };
-    Ok(Outcome::Give { file, close_on_exec })
+    match opened {
+        Ok(file) => Ok(Outcome::Give { file, close_on_exec }),
+        // A descriptor that can be read cannot stand in for one of a file that the caller may not read.
+        Err(Errno::ACCESS | Errno::PERM) if wants_path => {
+            Ok(Outcome::GivePath { file: found, close_on_exec })
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// A directory is its own ".", which is the shorter way; but that way asks for the right to search it, which opening does not.
