@@ -26,16 +26,24 @@ pub struct Parcel {
 }
 
 impl Parcel {
-    /// Packs a copy of `file` for the call `id`. The socket bears `mark`.
-    pub fn pack(id: CallId, file: BorrowedFd<'_>, mark: Mark) -> Result<Self, Errno> {
-        let flags = SocketFlags::CLOEXEC;
+    /// An empty one.
+    pub fn new() -> Result<Self, Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        Ok(Self { near, far })
+    }
+
+    /// Packs a copy of `file` for the call `id`, in place of what may still be in it. The socket bears `mark` from now on.
+    ///
+    /// What was packed before must be for the same thread, or a thread that has made another call since: whoever still has the
+    /// socket in its table can take in what is packed now. EPIPE: somebody shut the socket down.
+    pub fn pack(&self, id: CallId, file: BorrowedFd<'_>, mark: Mark) -> Result<(), Errno> {
+        while rustix::net::recv(&self.near, &mut [0], RecvFlags::DONTWAIT).is_ok() {}
         let mut bytes = [0; 12];
         bytes[..4].copy_from_slice(&FIRST);
         bytes[4..].copy_from_slice(&id.0.to_ne_bytes());
-        socket::send_with(&far, &bytes, file)?;
-        mark.put(near.as_fd())?;
-        Ok(Self { near, far })
+        socket::send_with(&self.far, &bytes, file)?;
+        mark.put(self.near.as_fd())
     }
 
     /// The end that goes into the caller's table.

@@ -1,13 +1,15 @@
 //! The threads that call, held and remembered.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use locum_kernel::Errno;
 use locum_kernel::arch::Gadgets;
-use locum_kernel::hand_over::{self, Unfit};
+use locum_kernel::hand_over::{self, Parcel, Unfit};
 use locum_kernel::memory::AddressSpace;
-use locum_kernel::process::{Ids, Status, Thread};
+use locum_kernel::notify::CallId;
+use locum_kernel::process::{Ids, Mark, Status, Thread};
 
 use crate::session::lock;
 
@@ -26,6 +28,8 @@ pub(crate) struct Caller {
     /// Held by the worker that is about a call of this thread. A thread waits for one call at a time, so whoever finds it
     /// held has been given a call made anew, and must not begin before the other knows that its own was withdrawn.
     busy: Mutex<()>,
+    /// The one in which a descriptor was last handed to the thread, empty again once it makes another call.
+    parcel: Mutex<Option<Parcel>>,
     /// What handing over an `O_PATH` descriptor needs of its program.
     program: OnceLock<Result<Gadgets, Unfit>>,
 }
@@ -35,7 +39,15 @@ impl Caller {
         let thread = Thread::hold(tid)?;
         let memory = AddressSpace::open(thread.proc())?;
         let (status, started) = (thread.status()?, thread.start_time()?);
-        Ok(Self { thread, memory, started, status, busy: Mutex::default(), program: OnceLock::new() })
+        Ok(Self {
+            thread,
+            memory,
+            started,
+            status,
+            busy: Mutex::default(),
+            parcel: Mutex::default(),
+            program: OnceLock::new(),
+        })
     }
 
     /// Waits until no other worker is about a call of this thread.
@@ -49,6 +61,22 @@ impl Caller {
             return Ok(std::borrow::Cow::Borrowed(&self.status.ids));
         }
         self.thread.status().map(|status| std::borrow::Cow::Owned(status.ids))
+    }
+
+    /// A parcel with `file` for the call `id`.
+    pub(crate) fn parcel(&self, id: CallId, file: &OwnedFd, mark: Mark) -> Result<Parcel, Errno> {
+        if let Some(parcel) = lock(&self.parcel).take()
+            && parcel.pack(id, file.as_fd(), mark).is_ok()
+        {
+            return Ok(parcel);
+        }
+        let parcel = Parcel::new()?;
+        parcel.pack(id, file.as_fd(), mark).map(|()| parcel)
+    }
+
+    /// Keeps a parcel that was taken in: making one takes long.
+    pub(crate) fn keep_parcel(&self, parcel: Parcel) {
+        *lock(&self.parcel) = Some(parcel);
     }
 
     /// The process that the thread is of.

@@ -79,7 +79,7 @@ impl Post<'_> {
         (file, close_on_exec): (&OwnedFd, bool),
         was_begun: bool,
     ) -> Option<Slot> {
-        let parcel = match Parcel::pack(call.id, file.as_fd(), Mark::new(slot.index())) {
+        let parcel = match caller.parcel(call.id, file, Mark::new(slot.index())) {
             Ok(parcel) => parcel,
             Err(error) => return Some(self.give_up(slot, call, error)),
         };
@@ -132,6 +132,7 @@ impl Post<'_> {
             self.session.counters.calls().fetch_add(1, Ordering::Relaxed);
         }
         if matches!(done, Done::Taken | Done::Gone) {
+            caller.keep_parcel(parcel);
             slot.settle();
             return Some(slot);
         }

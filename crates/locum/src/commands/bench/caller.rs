@@ -12,6 +12,9 @@ use locum_kernel::handle::{Handle, name_to_handle_at, open_by_handle_at};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+/// A symbolic link in the folder.
+pub(crate) const LINK: &std::ffi::CStr = c"link";
+
 /// For `locum bench`: makes calls and says how long they took.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -38,6 +41,8 @@ pub(crate) struct Times {
     pub(crate) round_trip: Vec<u64>,
     pub(crate) name: Vec<u64>,
     pub(crate) open: Vec<u64>,
+    /// open_by_handle_at(2) of a symbolic link, `O_PATH`; empty with a floor, which cannot hand one over.
+    pub(crate) path: Vec<u64>,
     /// Calls a second of all threads together.
     pub(crate) name_rate: f64,
     pub(crate) open_rate: f64,
@@ -73,6 +78,14 @@ fn measure(args: &Args) -> anyhow::Result<Times> {
     let name =
         || name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).map(drop).context("name_to_handle_at");
     let open = || open(&dir, &handle);
+    if args.floor.is_none() {
+        let link =
+            name_to_handle_at(dir.as_fd(), LINK, AtFlags::empty()).context("name_to_handle_at")?.handle;
+        let path = OFlags::PATH.bits().cast_signed();
+        times.path = timed(args.calls, || {
+            open_by_handle_at(dir.as_fd(), &link, path).map(drop).context("open_by_handle_at with O_PATH")
+        })?;
+    }
     (times.name, times.name_rate) = by_threads(args, &name)?;
     (times.open, times.open_rate) = by_threads(args, &open)?;
     Ok(times)

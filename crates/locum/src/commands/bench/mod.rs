@@ -53,6 +53,8 @@ struct Report {
     /// The same for open_by_handle_at less what the floor does not do at all: journal, parked copy, second step.
     ratio_of_open_less_parts: f64,
     percentiles_us: Percentiles,
+    /// A true `O_PATH` descriptor, of a symbolic link.
+    exact_o_path_us: Exact,
     /// What single parts cost, measured apart.
     parts_us: Parts,
     calls_a_second: Vec<Throughput>,
@@ -76,6 +78,13 @@ struct Floor {
 struct Percentiles {
     name_to_handle_at: Spread,
     open_by_handle_at: Spread,
+}
+
+#[derive(Debug, Serialize)]
+struct Exact {
+    native: f64,
+    #[serde(flatten)]
+    delegated: Spread,
 }
 
 #[derive(Debug, Serialize)]
@@ -140,6 +149,7 @@ impl Setup {
         // Most of what a workload names is its own.
         let (uid, gid) = default_user();
         std::os::unix::fs::chown(export.path(), Some(uid), Some(gid))?;
+        rustix::fs::symlinkat("nowhere", rustix::fs::CWD, export.path().join(caller::LINK.to_str()?))?;
         // The caller, an ordinary user, may not be able to reach this program where it is.
         let program = export.path().join("locum");
         std::fs::copy("/proc/self/exe", &program)?;
@@ -212,6 +222,10 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
     Ok(Report {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         processors: std::thread::available_parallelism()?.get(),
+        exact_o_path_us: Exact {
+            native: median_us(&native.path),
+            delegated: spread(all(|times| &times.path)),
+        },
         native_us: pair(&[native]),
         floor_us: Floor {
             round_trip: median(floors.iter().map(|times| median_us(&times.round_trip))),
@@ -301,7 +315,12 @@ fn print(report: &Report) {
         println!("{title:<34} {name:>18.2} {open:>18.2}");
     }
     let parts = &report.parts_us;
-    println!("\nan empty round trip: {:.2} us", report.floor_us.round_trip);
+    let exact = &report.exact_o_path_us;
+    println!(
+        "\nan exact O_PATH descriptor: {:.2} us, p99 {:.2} us (native {:.2} us)",
+        exact.delegated.p50, exact.delegated.p99, exact.native
+    );
+    println!("an empty round trip: {:.2} us", report.floor_us.round_trip);
     println!(
         "parts of a call: journal {:.2}, signature {:.2}, parked copy {:.2}, second step of an open {:.2} us",
         parts.journal, parts.signature, parts.parked_copy, parts.second_step_of_open
