@@ -79,6 +79,11 @@ impl Post<'_> {
         (file, close_on_exec): (&OwnedFd, bool),
         was_begun: bool,
     ) -> Option<Slot> {
+        // Whoever waits for this call has nothing left to take out of an earlier parcel.
+        if !self.served.listener.still_waits(call.id) {
+            slot.settle();
+            return Some(slot);
+        }
         let parcel = match caller.parcel(call.id, file, Mark::new(slot.index())) {
             Ok(parcel) => parcel,
             Err(error) => return Some(self.give_up(slot, call, error)),

@@ -18,7 +18,7 @@ use crate::worker;
 const CRASHES: u64 = 2;
 /// Nor is one in which this many monitors ended without a crash of their own: SIGKILL from outside says little about the
 /// call, unless it comes every time.
-const TRIES: u64 = 6;
+const TRIES: u64 = 20;
 
 /// What is to be done for a call that still waits.
 #[derive(Debug)]
