@@ -44,7 +44,7 @@ impl Runtime {
     }
 
     /// Who user 1000 in a container is outside.
-    fn outside(self) -> u32 {
+    pub(crate) fn outside(self) -> u32 {
         match self {
             Self::Crun | Self::Runc => INSIDE,
             Self::Podman => {

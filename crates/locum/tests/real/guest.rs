@@ -7,7 +7,7 @@ use crate::components;
 use crate::container::{Runtime, Site};
 use crate::machine;
 use crate::service::{Service, Victim, while_killing};
-use crate::tree::{self, Work};
+use crate::tree;
 
 /// The test itself is right: with a privileged virtiofsd and without locum the guest does its work.
 #[test]
@@ -18,6 +18,7 @@ fn reference() {
     tree::pack(&at("tar"));
     machine::initramfs(folder.path(), &at("tar"));
     std::fs::create_dir(at("share")).unwrap();
+    tree::special(&at("share"), 0);
     let mut virtiofsd = Command::new(components::virtiofsd());
     virtiofsd.args([
         "--sandbox=none",
@@ -28,58 +29,59 @@ fn reference() {
     virtiofsd.arg("--shared-dir").arg(at("share")).arg("--socket-path").arg(at("socket"));
     let mut virtiofsd = Process(virtiofsd.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     until("virtiofsd's socket", || at("socket").exists());
-    let seen = machine::work(folder.path(), &at("socket"), Work::All);
+    let seen = machine::work(folder.path(), &at("socket"));
     assert!(virtiofsd.0.wait().unwrap().success());
-    let expected = tree::expected(&at("commands"), Work::All, &at("tar"));
+    let expected = tree::expected(&at("commands"), &at("tar"));
     tree::assert_same("the guest's tree", &seen, &expected);
     tree::assert_same("the share", &tree::list(&at("commands"), &at("share")), &expected);
 }
 
 #[test]
 fn crun() {
-    served(Runtime::Crun, "prefer", Work::All, Victim::Monitor);
+    served(Runtime::Crun, "prefer", Victim::Monitor);
 }
 
 #[test]
 fn runc() {
-    served(Runtime::Runc, "prefer", Work::All, Victim::Monitor);
+    served(Runtime::Runc, "prefer", Victim::Monitor);
 }
 
 #[test]
 fn podman() {
-    served(Runtime::Podman, "prefer", Work::All, Victim::Monitor);
+    served(Runtime::Podman, "prefer", Victim::Monitor);
 }
 
 #[test]
 fn crun_mandatory() {
-    served(Runtime::Crun, "mandatory", Work::Plain, Victim::Monitor);
+    served(Runtime::Crun, "mandatory", Victim::Monitor);
 }
 
 #[test]
 fn runc_mandatory() {
-    served(Runtime::Runc, "mandatory", Work::Plain, Victim::Monitor);
+    served(Runtime::Runc, "mandatory", Victim::Monitor);
 }
 
 #[test]
 fn podman_mandatory() {
-    served(Runtime::Podman, "mandatory", Work::Plain, Victim::Monitor);
+    served(Runtime::Podman, "mandatory", Victim::Monitor);
 }
 
 #[test]
 fn crun_everything_lost() {
-    served(Runtime::Crun, "prefer", Work::All, Victim::Everything);
+    served(Runtime::Crun, "mandatory", Victim::Everything);
 }
 
 #[test]
 fn podman_everything_lost() {
-    served(Runtime::Podman, "prefer", Work::All, Victim::Everything);
+    served(Runtime::Podman, "mandatory", Victim::Everything);
 }
 
 /// virtiofsd in a container, without privileges; the guest does its work while the monitor is killed.
-fn served(runtime: Runtime, handles: &str, work: Work, victim: Victim) {
+fn served(runtime: Runtime, handles: &str, victim: Victim) {
     let service = Service::new(runtime);
     let _serve = service.serve();
     let site = Site::new(runtime, &service.seccomp());
+    tree::special(&site.at("share"), runtime.outside());
     components::commands(&site.at("commands"));
     tree::pack(&site.at("tar"));
     machine::initramfs(site.path(), &site.at("tar"));
@@ -90,15 +92,14 @@ fn served(runtime: Runtime, handles: &str, work: Work, victim: Victim) {
     );
     let container = site.start(&virtiofsd);
     let said = || std::fs::read_to_string(site.at("run/said")).unwrap_or_default();
-    let (seen, kills) = while_killing(&service, victim, || {
+    let (seen, kills, counted) = while_killing(&service, victim, || {
         until("virtiofsd's socket", || site.at("run/socket").exists());
-        machine::work(site.path(), &site.at("run/socket"), work)
+        machine::work(site.path(), &site.at("run/socket"))
     });
-    let counted = service.counted();
     container.finish();
     println!("{runtime:?}, {handles}: {kills} kills, {counted:?}; virtiofsd said: {}", said());
 
-    let expected = tree::expected(&site.at("commands"), work, &site.at("tar"));
+    let expected = tree::expected(&site.at("commands"), &site.at("tar"));
     tree::assert_same("the guest's tree", &seen, &expected);
     tree::assert_same("the share", &tree::list(&site.at("commands"), &site.at("share")), &expected);
     assert!(kills >= 20, "{kills} kills");

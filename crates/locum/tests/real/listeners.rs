@@ -45,7 +45,7 @@ fn exec(runtime: Runtime) {
     let site = Site::new(runtime, &service.seccomp());
     let container = site.start("mkdir /share/one /share/two && touch /run/ready && exec cat");
     until("the container", || site.at("run/ready").exists());
-    let ((), kills) = while_killing(&service, Victim::Monitor, || {
+    let ((), kills, _) = while_killing(&service, Victim::Monitor, || {
         let traffic = traffic("two", "--seconds=4");
         let mut second = container.exec(&["sh", "-c", &traffic]);
         let mut second = Process(second.stdout(Stdio::piped()).spawn().unwrap());

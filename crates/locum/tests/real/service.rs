@@ -31,6 +31,19 @@ pub(crate) struct Counted {
     pub(crate) recovered: u64,
 }
 
+impl Counted {
+    fn of(status: &Value) -> Self {
+        let sum =
+            |name| status["sessions"].as_array().unwrap().iter().map(|one| one[name].as_u64().unwrap()).sum();
+        Self {
+            listeners: sum("listeners"),
+            calls: sum("calls"),
+            refused: sum("refused"),
+            recovered: sum("recovered"),
+        }
+    }
+}
+
 impl Service {
     pub(crate) fn new(runtime: Runtime) -> Self {
         let service = Self { runtime, folder: components::folder_in("/dev/shm") };
@@ -111,15 +124,7 @@ o_path = "fast"
     }
 
     pub(crate) fn counted(&self) -> Counted {
-        let status = self.status();
-        let sum =
-            |name| status["sessions"].as_array().unwrap().iter().map(|one| one[name].as_u64().unwrap()).sum();
-        Counted {
-            listeners: sum("listeners"),
-            calls: sum("calls"),
-            refused: sum("refused"),
-            recovered: sum("recovered"),
-        }
+        Counted::of(&self.status())
     }
 
     /// What keepers and monitors complained of, for whoever has to find out why a test failed.
@@ -150,13 +155,18 @@ pub(crate) enum Victim {
     Everything,
 }
 
-/// Does `work` while `victim` is killed every 50 to 300 ms; how often that was.
-pub(crate) fn while_killing<T>(service: &Service, victim: Victim, work: impl FnOnce() -> T) -> (T, u32) {
+/// Does `work` while `victim` is killed every 50 to 300 ms; how often that was, and what had been counted when it was last done.
+/// A session may not outlive the process that holds its lifeline.
+pub(crate) fn while_killing<T>(
+    service: &Service,
+    victim: Victim,
+    work: impl FnOnce() -> T,
+) -> (T, u32, Counted) {
     thread::scope(|scope| {
         // Dropped when the work ends, by a panic too.
         let (working, worked) = mpsc::channel::<()>();
         let killer = scope.spawn(move || {
-            let mut kills = 0;
+            let (mut kills, mut counted) = (0, Counted::default());
             while worked.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
                 let status = service.status();
                 // Between two monitors there is none.
@@ -168,14 +178,18 @@ pub(crate) fn while_killing<T>(service: &Service, victim: Victim, work: impl FnO
                 // Before its first call a workload has no lifeline.
                 let sessions = status["sessions"].as_array().unwrap();
                 let has_calls = !sessions.is_empty() && sessions.iter().all(|one| one["calls"] != 0);
+                if has_calls {
+                    counted = Counted::of(&status);
+                }
                 let keeper_too = victim == Victim::Everything && has_calls;
                 kills += u32::from(kill("monitor") && (!keeper_too || kill("keeper")));
             }
-            kills
+            (kills, counted)
         });
         let result = work();
         drop(working);
-        (result, killer.join().unwrap())
+        let (kills, counted) = killer.join().unwrap();
+        (result, kills, counted)
     })
 }
 

@@ -1,27 +1,13 @@
 //! The work that the guest does, done on this machine, and the listing of what it leaves behind.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
 use crate::components;
-
-/// What the guest does with its share.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Work {
-    All,
-    /// What needs files and folders only.
-    Plain,
-}
-
-impl Work {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::All => "all",
-            Self::Plain => "plain",
-        }
-    }
-}
 
 /// Everything there is to know of a tree: see list.sh.
 pub(crate) type Listing = BTreeSet<String>;
@@ -37,11 +23,33 @@ pub(crate) fn pack(tar: &Path) {
     components::run(Command::new("tar").arg("-C").arg(source).arg("-cf").arg(tar).args(["src", "tests"]));
 }
 
+/// Makes in `share`, for the user `owner`, what only the host's root can make or read.
+pub(crate) fn special(share: &Path, owner: u32) {
+    let folder = share.join("special");
+    for folder in [&folder, &folder.join("inner")] {
+        std::fs::create_dir(folder).unwrap();
+        chown(folder, Some(owner), Some(owner)).unwrap();
+    }
+    let mode = Mode::from_raw_mode(0o600);
+    for (name, kind, device) in [
+        ("null", FileType::CharacterDevice, makedev(1, 3)),
+        ("loop", FileType::BlockDevice, makedev(7, 0)),
+        ("pipe", FileType::Fifo, 0),
+        ("socket", FileType::Socket, 0),
+    ] {
+        mknodat(CWD, folder.join(name), kind, mode, device).unwrap();
+    }
+    symlink("/nowhere", folder.join("link")).unwrap();
+    std::fs::write(folder.join("secret"), b"secret\n").unwrap();
+    std::fs::set_permissions(folder.join("secret"), std::fs::Permissions::from_mode(0o600)).unwrap();
+}
+
 /// Does the work natively: its listing is what is expected everywhere.
-pub(crate) fn expected(commands: &Path, work: Work, tar: &Path) -> Listing {
+pub(crate) fn expected(commands: &Path, tar: &Path) -> Listing {
     let folder = components::folder();
+    special(folder.path(), 0);
     let mut script = shell(commands, "work.sh");
-    components::run(script.arg(folder.path()).arg(work.name()).arg(tar));
+    components::run(script.arg(folder.path()).arg(tar));
     list(commands, folder.path())
 }
 
