@@ -12,6 +12,7 @@ use memchr::memmem;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::arch::{Chain, FIRST, Gadgets, State, UPPER_HALF};
+use crate::fault::die_at;
 use crate::notify::{CallId, Listener, Notification};
 use crate::process::{Mark, Thread};
 use crate::ptrace::{Interrupted, Seized, Stop, Stopped};
@@ -89,7 +90,10 @@ pub fn deliver(
     parcel: &Parcel,
     (number, close_on_exec): (RawFd, bool),
 ) -> Result<Done, Errno> {
-    let stopped = match ask_again(listener, call.id, seized.interrupt()?)? {
+    die_at(4);
+    let interrupted = seized.interrupt()?;
+    die_at(5);
+    let stopped = match ask_again(listener, call.id, interrupted)? {
         Stop::Caught(stopped) => stopped,
         Stop::Signalled => return Ok(Done::Withdrawn),
         Stop::Gone => return Ok(Done::Gone),
@@ -107,15 +111,19 @@ pub fn deliver(
     };
     rustix::net::send(&parcel.far, &chain.mend, SendFlags::NOSIGNAL)?;
     rustix::net::send(&parcel.far, &UPPER_HALF, SendFlags::NOSIGNAL)?;
+    die_at(7);
     match write(stopped.tid(), &chain.memory) {
         Ok(()) => {}
         Err(Errno::FAULT) => return no_room(&stopped, &registers),
         Err(error) => return Err(error),
     }
+    die_at(8);
     stopped.set_registers(&chain.registers)?;
+    die_at(9);
     // The chain blocks all signals, from its second step on. That it is killed before this costs a handler that does not
     // return its descriptor, no more.
     let _ = stopped.set_signal_mask(u64::MAX);
+    die_at(10);
     Ok(Done::Taken)
 }
 
@@ -132,6 +140,7 @@ pub fn refuse(listener: &Listener, id: CallId, seized: Seized, error: Errno) -> 
 pub fn ask_again(listener: &Listener, id: CallId, interrupted: Interrupted) -> Result<Stop, Errno> {
     // ENOENT: it was withdrawn by the interrupt, and is made anew all the same.
     let _ = listener.send_again(id);
+    die_at(6);
     interrupted.wait()
 }
 

@@ -10,6 +10,7 @@ pub mod arch;
 pub mod confine;
 pub mod crash;
 pub mod credentials;
+pub mod fault;
 pub mod filter;
 pub mod floor;
 pub mod hand_over;

@@ -40,7 +40,7 @@ impl Post<'_> {
                 return self.give(slot, call, caller, (file, close_on_exec, there), kept);
             }
             Outcome::GivePath { file, close_on_exec } => {
-                return self.give_path(slot, call, caller, (&file, close_on_exec), was_begun);
+                return self.give_path(slot, call, caller, (&file, close_on_exec));
             }
             Outcome::Decline => Answer::Continue,
             Outcome::Fail(error) => Answer::Error(error),

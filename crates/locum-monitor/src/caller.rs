@@ -87,7 +87,8 @@ impl Caller {
     /// Whether there is still a process of that id.
     pub(crate) fn process_lives(&self) -> bool {
         let pid = rustix::process::Pid::from_raw(self.status.process.cast_signed());
-        pid.is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+        // EPERM, without CAP_KILL, says that there is one.
+        pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(Errno::SRCH))
     }
 
     /// Whether the thread can be remembered: not one that may leave its address space to another process by exec, as the

@@ -11,18 +11,21 @@ use std::sync::atomic::Ordering;
 
 use locum_journal::{Left, Slot};
 use locum_kernel::Errno;
+use locum_kernel::fault::die_at;
 use locum_kernel::hand_over::{self, Done, Parcel, Unfit};
 use locum_kernel::notify::{Answer, CallId, Notification};
 use locum_kernel::process::Mark;
 
 use crate::answer::Post;
 use crate::caller::Caller;
-use crate::session::now_ms;
+use crate::calls::handles;
+use crate::session::{Session, now_ms};
 
 /// A socket in a caller's table whose parcel nobody will take in.
 #[derive(Debug)]
 pub(crate) struct Stray {
-    slot: Slot,
+    /// What remembers it if this monitor dies; `None`: the slot of a later try, in the same thread.
+    slot: Option<Slot>,
     caller: Arc<Caller>,
     socket: OwnedFd,
     /// Its number in the caller's table.
@@ -33,15 +36,27 @@ pub(crate) struct Stray {
 }
 
 impl Stray {
-    /// What a dead monitor left of the hand-over in `slot`, whose call does not wait any more.
-    pub(crate) fn left(slot: Slot, left: &Left, caller: &Arc<Caller>) -> Result<Self, Slot> {
-        match find(&slot, caller, left.call.id) {
+    /// What a dead monitor left of the hand-over in `slot`, whose call does not wait any more. Gives the slot back if nothing.
+    pub(crate) fn left(session: &Session, slot: Slot) -> Option<Slot> {
+        let Some(left) = slot.left().filter(has_begun) else { return Some(slot) };
+        let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
+        match find(&slot, &caller, left.call.id) {
             Some((number, socket)) if left.caller_started == caller.started => {
                 slot.installed(number);
                 slot.undelivered(now_ms());
-                Ok(Self { slot, caller: Arc::clone(caller), socket, number, doubtful: true })
+                session.keep_stray(Self { slot: Some(slot), caller, socket, number, doubtful: true });
+                None
             }
-            _ => Err(slot),
+            _ => Some(slot),
+        }
+    }
+
+    /// The same for a call that still waits, before it is tried again from the same slot.
+    pub(crate) fn left_waiting(session: &Session, slot: &Slot, caller: &Arc<Caller>) {
+        let left = slot.left().filter(has_begun);
+        if let Some((number, socket)) = left.and_then(|left| find(slot, caller, left.call.id)) {
+            let caller = Arc::clone(caller);
+            session.keep_stray(Self { slot: None, caller, socket, number, doubtful: true });
         }
     }
 
@@ -50,6 +65,11 @@ impl Stray {
         let own = &self.caller;
         let is_same_thread = (own.thread.tid(), own.started) == (caller.thread.tid(), caller.started);
         is_same_thread || (!self.doubtful && own.process() == caller.process())
+    }
+
+    /// Whether it has a slot of its own.
+    pub(crate) fn is_remembered(&self) -> bool {
+        self.slot.is_some()
     }
 
     /// Whether `caller` has it where it was put.
@@ -64,20 +84,18 @@ impl Stray {
 
     /// Forgets it.
     pub(crate) fn settle(&self) {
-        self.slot.settle();
+        self.slot.iter().for_each(Slot::settle);
     }
 }
 
 impl Post<'_> {
-    /// Hands `file` over, an `O_PATH` descriptor. `was_begun`: a monitor died while it did the same. `None`: the slot stays
-    /// behind with a stray.
+    /// Hands `file` over, an `O_PATH` descriptor. `None`: the slot stays behind with a stray.
     pub(crate) fn give_path(
         &self,
         slot: Slot,
         call: &Notification,
         caller: &Arc<Caller>,
         (file, close_on_exec): (&OwnedFd, bool),
-        was_begun: bool,
     ) -> Option<Slot> {
         // Whoever waits for this call has nothing left to take out of an earlier parcel.
         if !self.served.listener.still_waits(call.id) {
@@ -98,18 +116,16 @@ impl Post<'_> {
                 return Some(slot);
             }
         };
-        let stray = self.session.stray(caller).map(|stray| (stray.number, Some(stray)));
-        let lost =
-            || was_begun.then(|| find(&slot, caller, call.id)).flatten().map(|(number, _)| (number, None));
-        let (there, stray) =
-            stray.or_else(lost).map_or((None, None), |(number, stray)| (Some(number), stray));
+        die_at(1);
+        let stray = self.session.stray(caller);
         slot.parked();
         let socket = parcel.socket().as_fd();
         let listener = &self.served.listener;
-        let number = match there {
-            Some(number) => listener.add_descriptor_at(call.id, socket, number),
+        let number = match &stray {
+            Some(stray) => listener.add_descriptor_at(call.id, socket, stray.number),
             None => listener.add_descriptor(call.id, socket, true),
         };
+        die_at(2);
         let number = match number {
             Ok(number) => number,
             Err(error) => {
@@ -125,14 +141,16 @@ impl Post<'_> {
         };
         slot.installed(number);
         if let Some(stray) = stray {
-            stray.slot.settle();
+            stray.settle();
         }
         slot.sending();
+        die_at(3);
         let done = hand_over::deliver(listener, call, seized, gadgets, &parcel, (number, close_on_exec));
         let done = done.unwrap_or_else(|error| {
             tracing::debug!(session = self.session.id, "a hand-over came to nothing: {error}");
             Done::Withdrawn
         });
+        die_at(11);
         if matches!(done, Done::Taken | Done::NoRoom) {
             self.session.counters.calls().fetch_add(1, Ordering::Relaxed);
         }
@@ -143,7 +161,7 @@ impl Post<'_> {
         }
         slot.undelivered(now_ms());
         let (caller, socket) = (Arc::clone(caller), parcel.into_socket());
-        self.session.keep_stray(Stray { slot, caller, socket, number, doubtful: false });
+        self.session.keep_stray(Stray { slot: Some(slot), caller, socket, number, doubtful: false });
         None
     }
 
@@ -158,6 +176,11 @@ impl Post<'_> {
         });
         self.send(call.id, Answer::Error(Errno::OPNOTSUPP));
     }
+}
+
+/// Whether a dead monitor may have put a socket into the caller's table.
+fn has_begun(left: &Left) -> bool {
+    left.tries > 0 && handles::wants_path(&left.call)
 }
 
 /// The socket that a dead monitor put into the caller's table, from `slot` for the call `id`, with its number there.

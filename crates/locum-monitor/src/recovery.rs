@@ -72,7 +72,8 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     // A monitor that died between settling a slot and emptying its park left a file there, which would stay for ever.
     served.clear_parks(|index| !waiting.iter().chain(&over).any(|slot| slot.index() == index));
     for slot in over {
-        let kept = keep_stray(session, slot).and_then(|slot| keep_withdrawn(session, served, slot, &waiting));
+        let kept =
+            Stray::left(session, slot).and_then(|slot| keep_withdrawn(session, served, slot, &waiting));
         if let Some(slot) = kept {
             slot.settle();
             if let Some(park) = served.known_park(slot.index()) {
@@ -82,23 +83,6 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
     }
     for slot in waiting {
         worker::start(session, served, Some(slot));
-    }
-}
-
-/// Keeps what is in `slot` if it is a socket in the caller's table that was to hand an `O_PATH` descriptor over. Gives the slot
-/// back if not.
-pub(crate) fn keep_stray(session: &Session, slot: Slot) -> Option<Slot> {
-    let Some(left) = slot.left() else { return Some(slot) };
-    if matches!(left.stage, Stage::Idle | Stage::Receiving | Stage::Performing) {
-        return Some(slot);
-    }
-    let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
-    match Stray::left(slot, &left, &caller) {
-        Ok(stray) => {
-            session.keep_stray(stray);
-            None
-        }
-        Err(slot) => Some(slot),
     }
 }
 

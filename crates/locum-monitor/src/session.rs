@@ -226,8 +226,10 @@ impl Session {
     /// Takes a stray that `caller` has in its table and that is good for its call.
     pub(crate) fn stray(&self, caller: &Caller) -> Option<Stray> {
         let mut strays = lock(&self.strays);
+        // First the one that nothing but this try remembers.
+        strays.sort_by_key(Stray::is_remembered);
         while let Some(index) = strays.iter().position(|stray| stray.is_for(caller)) {
-            let stray = strays.swap_remove(index);
+            let stray = strays.remove(index);
             if stray.is_with(caller) {
                 return Some(stray);
             }

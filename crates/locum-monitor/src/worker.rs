@@ -16,6 +16,7 @@ use crate::answer::Post;
 use crate::caller::Caller;
 use crate::calls::Outcome;
 use crate::calls::handles::{self, Bench, Grant, Identity};
+use crate::exact::Stray;
 use crate::recovery;
 use crate::session::{Served, Session, Undelivered, lock, now_ms};
 use crate::watch::Watch;
@@ -185,6 +186,9 @@ impl Worker {
         // That takes long, once, next to the call itself: to be killed in it says nothing about the call.
         self.session.callers.takes_path(caller);
         let was_begun = slot.left().is_some_and(|left| left.tries > 0);
+        if was_begun {
+            Stray::left_waiting(&self.session, &slot, caller);
+        }
         slot.performing(caller.started);
         let kept = RefCell::new(None);
         let done = crash::marked(slot.crash_mark(), || {
@@ -283,7 +287,7 @@ impl Worker {
             recovery::Repair::Fail(error, why) => {
                 tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "{why}; {error}");
                 self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
-                let slot = recovery::keep_stray(&self.session, slot);
+                let slot = Stray::left(&self.session, slot);
                 post.send(call.id, Answer::Error(error));
                 slot.inspect(Slot::settle).or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)
             }

@@ -5,6 +5,7 @@
 
 mod attack;
 mod bare;
+mod intact;
 mod name;
 mod open;
 
@@ -21,6 +22,12 @@ fn main() {
         "name" => name::run(&ground),
         "open" => open::run(&ground),
         "jail" => name::jail(&ground),
+        "intact" => {
+            let [seconds, signal_every] = rest else {
+                panic!("caller MODE intact DIR SECONDS SIGNAL_EVERY_US")
+            };
+            intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
+        }
         "permission" => open::permissions_of(&ground),
         attack => attack::run(attack, &ground, rest),
     }

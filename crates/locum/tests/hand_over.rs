@@ -1,0 +1,112 @@
+//! The monitor is killed at every step of handing an O_PATH descriptor over: the caller gets the right one each time, and
+//! nothing else of it has changed. In debug builds only, which can be told where to die.
+//!
+//! LOCUM_CHAOS_SECONDS sets how long each variant takes.
+#![cfg(debug_assertions)]
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Mutex;
+
+use common::{Ground, Process, USER, locum, until};
+use serde_json::Value;
+
+/// `locum_kernel::fault::die_at` names these.
+const STEPS: std::ops::RangeInclusive<u32> = 1..=11;
+
+fn monitor(ground: &Ground, die_at: Option<u32>) -> Process {
+    let log = std::fs::File::options().create(true).append(true).open(&ground.log).unwrap();
+    let mut command = locum(&["monitor", "--runtime-dir", ground.path(), "--keys"]);
+    command.arg(ground.runtime.path().join("keys")).stderr(log);
+    if let Some(step) = die_at {
+        command.env("LOCUM_DIE_AT", step.to_string());
+    }
+    Process(command.spawn().unwrap())
+}
+
+/// What the caller saw, and how often a monitor died at each step.
+fn intact(options: &[&str], signal_every_us: u32, keeper_too: bool) -> Value {
+    // One at a time: each wants both processors.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let seconds = std::env::var("LOCUM_CHAOS_SECONDS").unwrap_or_else(|_| "20".into());
+    let ground = Ground::new();
+    std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = ground.files.path().join("caller");
+    let caller = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
+    std::fs::copy(&caller, &program).expect("cargo build -p locum-kernel --examples, or cargo xtask test");
+    let mut keeper = ground.keeper();
+    let files = ground.files.path().to_str().unwrap();
+    let mut run =
+        locum(&["run", "--runtime-dir", ground.path(), "--export", files, "--user", &USER.to_string()]);
+    run.args(options).arg("--").arg(&program).args(["as-is", "intact", files, &seconds]);
+    let mut run = Process(run.arg(signal_every_us.to_string()).stdout(Stdio::piped()).spawn().unwrap());
+    let mut died = [0_u32; 12];
+    // Before its first call the workload has no lifeline.
+    let mut first = monitor(&ground, None);
+    until("the first call", || {
+        let sessions = ground.status();
+        sessions["sessions"].as_array().unwrap().iter().any(|one| one["calls"].as_u64() > Some(0))
+    });
+    first.kill();
+    for step in STEPS.cycle() {
+        let mut monitor = monitor(&ground, Some(step));
+        let ended = loop {
+            if run.0.try_wait().unwrap().is_some() {
+                break true;
+            }
+            if monitor.0.try_wait().unwrap().is_some() {
+                break false;
+            }
+            std::thread::yield_now();
+        };
+        if ended {
+            break;
+        }
+        died[step as usize] += 1;
+        if keeper_too {
+            keeper.kill();
+            keeper = ground.keeper();
+        }
+    }
+    let mut told = String::new();
+    std::io::Read::read_to_string(run.0.stdout.as_mut().unwrap(), &mut told).unwrap();
+    let seen: Value =
+        serde_json::from_str(&told).unwrap_or_else(|error| panic!("{error}: {told}\n{}", ground.log_tail()));
+    println!("died at each step: {:?}; the caller saw {seen}", &died[1..]);
+    for what in ["wrong", "failed", "damaged", "leaked"] {
+        assert_eq!(seen[what], 0, "{what}: {seen}\n{}", ground.log_tail());
+    }
+    assert!(died[1..].iter().all(|deaths| *deaths > 0), "{died:?}\n{}", ground.log_tail());
+    seen
+}
+
+#[test]
+fn killed_at_every_step() {
+    intact(&[], 0, false);
+}
+
+#[test]
+fn killed_at_every_step_under_signals() {
+    let seen = intact(&[], 500, false);
+    assert_ne!(seen["signals"], 0);
+}
+
+#[test]
+fn killed_at_every_step_without_wait_killable_recv() {
+    intact(&["--interruptible"], 0, false);
+}
+
+#[test]
+fn killed_at_every_step_without_wait_killable_recv_under_signals() {
+    let seen = intact(&["--interruptible"], 500, false);
+    assert_ne!(seen["signals"], 0);
+}
+
+#[test]
+fn killed_at_every_step_with_the_keeper() {
+    intact(&[], 0, true);
+}
