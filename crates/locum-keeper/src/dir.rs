@@ -44,6 +44,11 @@ impl RuntimeDir {
         self.0.join("sessions")
     }
 
+    /// The file that says that the calls of a session run unhelped, for as long as it is there.
+    pub fn detached(&self, session: &str) -> PathBuf {
+        self.sessions().join(session).join("detached")
+    }
+
     /// Policies beside those that a monitor was started with, one file each.
     pub fn policies(&self) -> PathBuf {
         self.0.join("policies")

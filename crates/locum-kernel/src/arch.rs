@@ -25,6 +25,8 @@ const DATA: u64 = 0x2b;
 const RED_ZONE: u64 = 128;
 /// `ERESTARTSYS` and `ERESTARTNOINTR` (`linux/errno.h`): the call is to be made anew.
 const MADE_ANEW: [i64; 2] = [-512, -513];
+/// `ERESTART_RESTARTBLOCK`.
+const RESTART_BLOCK: i64 = -516;
 
 /// The general registers of a thread.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +42,33 @@ impl Registers {
             && MADE_ANEW.contains(&own.rax.cast_signed())
             && own.rip == call.instruction_pointer
             && [own.rdi, own.rsi, own.rdx, own.r10, own.r8, own.r9] == call.args
+    }
+
+    /// Whether they are a 64-bit program's.
+    pub(crate) fn are_wide(&self) -> bool {
+        self.0.cs == CODE_64
+    }
+
+    /// The call that the thread is in or has just made, and its result.
+    pub(crate) fn call(&self) -> (i64, i64) {
+        (self.0.orig_rax.cast_signed(), self.0.rax.cast_signed())
+    }
+
+    /// Whether the kernel is about to go on with a call that it remembers, such as nanosleep(2): rt_sigreturn(2) makes it forget,
+    /// and the call fails with EINTR.
+    pub(crate) fn are_in_remembered_call(&self) -> bool {
+        self.call().0 >= 0 && self.call().1 == RESTART_BLOCK
+    }
+
+    /// What they are once the kernel has seen to a call that is to be made anew.
+    fn resumed(&self) -> Self {
+        let own = self.0;
+        let again = |rax| Self(libc::user_regs_struct { rip: own.rip - 2, rax, ..own });
+        match self.call() {
+            (0.., -514..=-512) => again(own.orig_rax),
+            (0.., RESTART_BLOCK) => again(libc::SYS_restart_syscall.cast_unsigned()),
+            _ => *self,
+        }
     }
 
     /// The same, with the call over and `result` its result.
@@ -117,21 +146,7 @@ impl Chain {
         let flags = libc::MSG_DONTWAIT | if close_on_exec { libc::MSG_CMSG_CLOEXEC } else { 0 };
         let (landing, upper_half) =
             (frame(4) + offset_of!(Frame, rbx) as u64, frame(4) + offset_of!(Frame, rax) as u64 + 4);
-        let call = |nr: libc::c_long, args: [u64; 3], next: u64| Frame {
-            sigreturn: gadgets.sigreturn,
-            flags: KEEP_STACK_SEGMENT,
-            stack_flags: NO_STACK,
-            rax: nr.cast_unsigned(),
-            rdi: args[0],
-            rsi: args[1],
-            rdx: args[2],
-            rip: gadgets.call,
-            rsp: next,
-            eflags: PLAIN_FLAGS,
-            segments: CODE_64 | DATA << 48,
-            mask: u64::MAX,
-            ..Frame::default()
-        };
+        let call = |nr, args, next| Frame::call(gadgets, nr, args, next);
         let receive = |header: u64, flags: libc::c_int, next: u64| {
             call(libc::SYS_recvmsg, [socket, header, u64::from(flags.cast_unsigned())], next)
         };
@@ -144,31 +159,8 @@ impl Chain {
                 Frame { rbp: 0, rbx: landing, ..call(libc::SYS_read, [socket, upper_half, 24], frame(3)) },
                 call(libc::SYS_close, [socket, 0, 0], frame(4)),
                 Frame {
-                    sigreturn: gadgets.sigreturn,
-                    flags: KEEP_STACK_SEGMENT | HAS_EXTENDED_STATE,
-                    stack_flags: NO_STACK,
-                    r8: own.r8,
-                    r9: own.r9,
-                    r10: own.r10,
-                    r11: own.r11,
-                    r12: own.r12,
-                    r13: own.r13,
-                    r14: own.r14,
-                    r15: own.r15,
-                    rdi: own.rdi,
-                    rsi: own.rsi,
-                    rbp: own.rbp,
-                    rbx: own.rbx,
-                    rdx: own.rdx,
                     rax: i64::from(-libc::EMFILE).cast_unsigned(),
-                    rcx: own.rcx,
-                    rsp: own.rsp,
-                    rip: own.rip,
-                    eflags: own.eflags,
-                    segments: CODE_64 | DATA << 48,
-                    extended: top,
-                    mask: state.signal_mask,
-                    ..Frame::default()
+                    ..Frame::back(gadgets, state, own, top)
                 },
             ],
             mend: MessageHeader {
@@ -182,14 +174,132 @@ impl Chain {
         for (piece, word) in mend.chunks_mut(8).zip([own.rbx, own.rdx, libc::SYS_read.cast_unsigned()]) {
             piece.copy_from_slice(&word.to_ne_bytes());
         }
-        // rt_sigreturn looks for its frame 8 bytes below the stack pointer: a handler's return has taken the address.
-        let registers = Registers(libc::user_regs_struct {
-            orig_rax: u64::MAX,
-            rip: gadgets.sigreturn,
-            rsp: frame(0) + 8,
-            ..own
-        });
-        Some(Self { memory: [(base, image.words()), (top, extended)], registers, mend })
+        Some(Self {
+            memory: [(base, image.words()), (top, extended)],
+            registers: head(own, gadgets, frame(0)),
+            mend,
+        })
+    }
+}
+
+/// What a thread is to do, by itself, to put a filter of its own in force for all its threads, and then go on where it was.
+#[derive(Debug)]
+pub struct Installation {
+    /// What to write where.
+    pub memory: [(u64, Vec<u8>); 2],
+    /// From where the thread is to go on.
+    pub registers: Registers,
+    /// Where the number of the descriptor is to be written that it closes last; as it is, none.
+    pub close: u64,
+}
+
+impl Installation {
+    /// Of the filter `program`, with these flags of seccomp(2), `no_new_privs` set before if asked for. `None`: as of
+    /// [`Chain::take_in`].
+    pub fn of(
+        state: &State<'_>,
+        gadgets: Gadgets,
+        program: &[libc::sock_filter],
+        flags: libc::c_ulong,
+        no_new_privs: bool,
+    ) -> Option<Self> {
+        const PROLOGUE: usize = 2;
+        let extended = frame_of(state.extended)?;
+        let own = state.registers.resumed().0;
+        let stack = state.registers.0.rsp;
+        let top = stack.checked_sub(RED_ZONE + extended.len() as u64)? & !63;
+        let length = 4 * size_of::<Frame>() + PROLOGUE * 8 + program.len() * 8;
+        let base = top.checked_sub(length as u64)? & !63;
+        let frame = |index: usize| base + (index * size_of::<Frame>()) as u64;
+        let set = [libc::PR_SET_NO_NEW_PRIVS, 1, 0].map(|word| u64::from(word.cast_unsigned()));
+        // Without the wish, it asks what the flag is: a call that changes nothing.
+        let ask = [u64::from(libc::PR_GET_NO_NEW_PRIVS.cast_unsigned()), 0, 0];
+        let mode = u64::from(libc::SECCOMP_SET_MODE_FILTER);
+        let frames = [
+            Frame::call(gadgets, libc::SYS_prctl, if no_new_privs { set } else { ask }, frame(1)),
+            Frame::call(gadgets, libc::SYS_seccomp, [mode, flags, frame(4)], frame(2)),
+            Frame::call(gadgets, libc::SYS_close, [u64::MAX, 0, 0], frame(3)),
+            Frame::back(gadgets, state, own, top),
+        ];
+        let mut image: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
+        // `struct sock_fprog`, and the instructions behind it.
+        image.extend_from_slice(&(program.len() as u64).to_ne_bytes());
+        image.extend_from_slice(&(frame(4) + 8 * PROLOGUE as u64).to_ne_bytes());
+        for step in program {
+            image.extend_from_slice(&step.code.to_ne_bytes());
+            image.extend_from_slice(&[step.jt, step.jf]);
+            image.extend_from_slice(&step.k.to_ne_bytes());
+        }
+        let close = frame(2) + offset_of!(Frame, rdi) as u64;
+        Some(Self {
+            memory: [(base, image), (top, extended)],
+            registers: head(state.registers.0, gadgets, frame(0)),
+            close,
+        })
+    }
+}
+
+/// The registers of a thread that is to return from the signal frame at `frame`: rt_sigreturn(2) looks for it 8 bytes below the
+/// stack pointer, since a handler's return has taken the address there.
+fn head(own: libc::user_regs_struct, gadgets: Gadgets, frame: u64) -> Registers {
+    Registers(libc::user_regs_struct { orig_rax: u64::MAX, rip: gadgets.sigreturn, rsp: frame + 8, ..own })
+}
+
+impl Frame {
+    /// The call `nr`, made with all signals blocked, and after it the frame at `next`.
+    fn call(gadgets: Gadgets, nr: libc::c_long, args: [u64; 3], next: u64) -> Self {
+        Self {
+            sigreturn: gadgets.sigreturn,
+            flags: KEEP_STACK_SEGMENT,
+            stack_flags: NO_STACK,
+            rax: nr.cast_unsigned(),
+            rdi: args[0],
+            rsi: args[1],
+            rdx: args[2],
+            rip: gadgets.call,
+            rsp: next,
+            eflags: PLAIN_FLAGS,
+            segments: CODE_64 | DATA << 48,
+            mask: u64::MAX,
+            ..Self::default()
+        }
+    }
+
+    /// Back to `own`, with the vector unit as it lies at `extended`.
+    fn back(gadgets: Gadgets, state: &State<'_>, own: libc::user_regs_struct, extended: u64) -> Self {
+        Self {
+            sigreturn: gadgets.sigreturn,
+            flags: KEEP_STACK_SEGMENT | HAS_EXTENDED_STATE,
+            stack_flags: NO_STACK,
+            r8: own.r8,
+            r9: own.r9,
+            r10: own.r10,
+            r11: own.r11,
+            r12: own.r12,
+            r13: own.r13,
+            r14: own.r14,
+            r15: own.r15,
+            rdi: own.rdi,
+            rsi: own.rsi,
+            rbp: own.rbp,
+            rbx: own.rbx,
+            rdx: own.rdx,
+            rax: own.rax,
+            rcx: own.rcx,
+            rsp: own.rsp,
+            rip: own.rip,
+            eflags: own.eflags,
+            segments: CODE_64 | DATA << 48,
+            extended,
+            mask: state.signal_mask,
+            ..Self::default()
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        // SAFETY: a frame is made of 64-bit words alone, without gaps, so all its bytes are initialised.
+        let words: [u64; size_of::<Self>() / 8] = unsafe { std::mem::transmute(*self) };
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 }
 

@@ -38,6 +38,23 @@ impl Filter {
         Self(program)
     }
 
+    /// The instructions.
+    pub(crate) fn program(&self) -> &[libc::sock_filter] {
+        &self.0
+    }
+
+    /// The flags of seccomp(2) with which a process that has threads already gets a filter and a listener; with
+    /// WAIT_KILLABLE_RECV where this kernel knows it.
+    pub(crate) fn flags_for_all_threads() -> libc::c_ulong {
+        let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_TSYNC | TSYNC_ESRCH;
+        let killable = flags | WAIT_KILLABLE_RECV;
+        let none = std::ptr::null::<libc::sock_fprog>();
+        // SAFETY: seccomp(2) looks at the flags first, and then fails with EFAULT, since there is no program.
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, killable, none) };
+        let told = std::io::Error::last_os_error().raw_os_error();
+        if told == Some(libc::EFAULT) { killable } else { flags }
+    }
+
     /// Installs the filter in the calling thread, for good, and returns its listener. Close it in the process that
     /// makes the calls, or nobody is there to answer them.
     ///
@@ -66,6 +83,9 @@ impl Filter {
 
 /// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV` (5.19).
 const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
+
+/// `SECCOMP_FILTER_FLAG_TSYNC_ESRCH` (5.7).
+const TSYNC_ESRCH: libc::c_ulong = 1 << 4;
 
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
 const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;

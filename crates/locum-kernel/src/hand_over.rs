@@ -96,7 +96,8 @@ pub fn deliver(
     let stopped = match ask_again(listener, call.id, interrupted)? {
         Stop::Caught(stopped) => stopped,
         Stop::Signalled => return Ok(Done::Withdrawn),
-        Stop::Gone => return Ok(Done::Gone),
+        // It cannot be that it does not stop: that is awaited without an end.
+        Stop::Gone | Stop::Never => return Ok(Done::Gone),
     };
     let registers = stopped.registers()?;
     if !registers.are_at_the_end_of(call) {
@@ -145,7 +146,7 @@ pub fn ask_again(listener: &Listener, id: CallId, interrupted: Interrupted) -> R
 }
 
 /// More than the largest state of a vector unit (AMX: 11 KiB).
-const EXTENDED: usize = 16 * 1024;
+pub(crate) const EXTENDED: usize = 16 * 1024;
 
 fn no_room(stopped: &Stopped, registers: &crate::arch::Registers) -> Result<Done, Errno> {
     stopped.set_registers(&registers.with_result(-i64::from(Errno::NOMEM.raw_os_error())))?;
@@ -153,18 +154,24 @@ fn no_room(stopped: &Stopped, registers: &crate::arch::Registers) -> Result<Done
 }
 
 /// Writes to the memory of a stopped thread, which no other can get the id of. EFAULT: not all of it may be written.
-fn write(tid: u32, pieces: &[(u64, Vec<u8>); 2]) -> Result<(), Errno> {
-    let local = pieces
-        .each_ref()
-        .map(|(_, from)| libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() });
-    let remote = pieces.each_ref().map(|(to, from)| libc::iovec {
-        iov_base: usize::try_from(*to).unwrap_or(0) as *mut libc::c_void,
-        iov_len: from.len(),
-    });
+pub(crate) fn write(tid: u32, pieces: &[(u64, Vec<u8>)]) -> Result<(), Errno> {
+    let local: Vec<_> = pieces
+        .iter()
+        .map(|(_, from)| libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() })
+        .collect();
+    let remote: Vec<_> = pieces
+        .iter()
+        .map(|(to, from)| libc::iovec {
+            iov_base: usize::try_from(*to).unwrap_or(0) as *mut libc::c_void,
+            iov_len: from.len(),
+        })
+        .collect();
+    let count = pieces.len() as libc::c_ulong;
     // SAFETY: the kernel reads `iov_len` bytes at each local address, which are vectors that long; the remote ones are
     // another process's and never followed here.
-    let done =
-        unsafe { libc::process_vm_writev(tid.cast_signed(), local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
+    let done = unsafe {
+        libc::process_vm_writev(tid.cast_signed(), local.as_ptr(), count, remote.as_ptr(), count, 0)
+    };
     match usize::try_from(done) {
         Ok(written) if written == pieces.iter().map(|(_, from)| from.len()).sum() => Ok(()),
         Ok(_) => Err(Errno::FAULT),

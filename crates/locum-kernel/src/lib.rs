@@ -7,6 +7,7 @@
 compile_error!("locum runs on Linux on x86_64; `arch.rs` is what a port has to add");
 
 pub mod arch;
+pub mod attach;
 pub mod confine;
 pub mod crash;
 pub mod credentials;
@@ -22,5 +23,6 @@ pub mod process;
 pub mod ptrace;
 pub mod signal;
 pub mod socket;
+pub mod verdict;
 
 pub use rustix::io::Errno;

@@ -9,6 +9,7 @@ use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 use crate::Errno;
+use crate::notify::Listener;
 
 /// One thread, held so that its id, used again, is never taken for it.
 #[derive(Debug)]
@@ -98,6 +99,16 @@ impl Thread {
         // The name, in parentheses, may hold anything; field 22 is the 20th behind it (proc_pid_stat(5)).
         let rest = stat.rsplit_once(')').ok_or(Errno::SRCH)?.1;
         rest.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or(Errno::SRCH)
+    }
+
+    /// The ids of all threads of its process, its own first.
+    pub fn threads(&self) -> Result<Vec<u32>, Errno> {
+        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let tasks = rustix::fs::Dir::new(rustix::fs::openat(&self.proc, c"task", directory, Mode::empty())?)?;
+        let number = |entry: rustix::fs::DirEntry| entry.file_name().to_str().ok()?.parse().ok();
+        let mut threads: Vec<u32> = tasks.filter_map(|entry| entry.ok().and_then(number)).collect();
+        threads.sort_by_key(|tid| *tid != self.tid);
+        Ok(threads)
     }
 
     /// Who traces the thread; 0 if nobody does.
@@ -250,6 +261,28 @@ impl Thread {
         }
     }
 
+    /// Whether it has memory of its own: a thread of the kernel has none, nor has a process that has ended.
+    pub fn has_memory(&self) -> Result<bool, Errno> {
+        Ok(!self.read(c"maps")?.is_empty())
+    }
+
+    /// A copy of the first listener in the process's table.
+    pub fn find_listener(&self) -> Result<Option<Listener>, Errno> {
+        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
+        for entry in rustix::fs::Dir::read_from(&table)? {
+            let entry = entry?;
+            let target = rustix::fs::readlinkat(&table, entry.file_name(), Vec::new());
+            if target.is_ok_and(|target| target.as_bytes() == b"anon_inode:seccomp notify")
+                && let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok())
+                && let Ok(listener) = Listener::try_from(self.descriptor(fd)?)
+            {
+                return Ok(Some(listener));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether the thread's address space is also that of process `other`.
     pub fn shares_memory_with(&self, other: u32) -> Result<bool, Errno> {
         Ok(compare(KCMP_VM, self.tid, other, 0, 0)? == std::cmp::Ordering::Equal)
@@ -326,6 +359,8 @@ pub struct Status {
     pub ids: Ids,
     /// The effective user id.
     pub effective_user: u32,
+    /// Whether it can gain no privileges by executing a program.
+    pub no_new_privs: bool,
     /// Whether nothing the thread may do can change `ids`: no capability, no_new_privs, equal user and group ids.
     pub ids_fixed: bool,
 }
@@ -344,8 +379,9 @@ impl Status {
             return None;
         };
         let capabilities = ["CapInh", "CapPrm", "CapEff", "CapAmb"].map(|name| field(name).map(is_zero));
+        let no_new_privs = field("NoNewPrivs") == Some("1");
         let ids_fixed = capabilities.iter().all(|zero| *zero == Some(true))
-            && field("NoNewPrivs") == Some("1")
+            && no_new_privs
             && users.iter().all(|id| id == user)
             && owners.iter().all(|id| id == group);
         Some(Self {
@@ -353,6 +389,7 @@ impl Status {
             parent: field("PPid")?.parse().ok()?,
             ids: Ids { user: *user, group: *group, groups: numbers("Groups")? },
             effective_user: *effective_user,
+            no_new_privs,
             ids_fixed,
         })
     }

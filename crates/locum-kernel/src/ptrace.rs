@@ -6,6 +6,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
 
 use rustix::io::retry_on_intr;
 
@@ -42,6 +43,8 @@ pub enum Stop {
     Signalled,
     /// It has ended.
     Gone,
+    /// It has not stopped in time: it waits in the kernel for what no signal ends.
+    Never,
 }
 
 impl Seized {
@@ -61,6 +64,19 @@ impl Seized {
     }
 }
 
+impl Seized {
+    fn stop(self, status: libc::c_int) -> Stop {
+        if !libc::WIFSTOPPED(status) {
+            return Stop::Gone;
+        }
+        if status >> 16 == libc::PTRACE_EVENT_STOP {
+            return Stop::Caught(Stopped { seized: self, signal: 0 });
+        }
+        drop(Stopped { seized: self, signal: libc::WSTOPSIG(status) });
+        Stop::Signalled
+    }
+}
+
 impl Interrupted {
     /// Waits until it has stopped.
     pub fn wait(self) -> Result<Stop, Errno> {
@@ -70,14 +86,28 @@ impl Interrupted {
             // SAFETY: the kernel writes one int at this address, which is ours.
             check(unsafe { libc::waitpid(seized.tid.cast_signed(), &raw mut status, libc::__WALL) })
         })?;
-        if !libc::WIFSTOPPED(status) {
-            return Ok(Stop::Gone);
+        Ok(seized.stop(status))
+    }
+}
+
+impl Interrupted {
+    /// Waits until it has stopped, at most so long. [`Stop::Never`] leaves it traced until the calling thread ends.
+    pub fn wait_for(self, limit: Duration) -> Result<Stop, Errno> {
+        let start = Instant::now();
+        loop {
+            let mut status = 0;
+            let flags = libc::__WALL | libc::WNOHANG;
+            // SAFETY: the kernel writes one int at this address, which is ours.
+            let done = check(unsafe { libc::waitpid(self.0.tid.cast_signed(), &raw mut status, flags) })?;
+            if done != 0 {
+                return Ok(self.0.stop(status));
+            }
+            if start.elapsed() > limit {
+                return Ok(Stop::Never);
+            }
+            // Nothing tells of both a stop and a time.
+            std::thread::sleep(Duration::from_micros(200));
         }
-        if status >> 16 == libc::PTRACE_EVENT_STOP {
-            return Ok(Stop::Caught(Stopped { seized, signal: 0 }));
-        }
-        drop(Stopped { seized, signal: libc::WSTOPSIG(status) });
-        Ok(Stop::Signalled)
     }
 }
 
@@ -131,6 +161,51 @@ impl Stopped {
         request(PTRACE_SETSIGMASK, self.tid(), 8, &raw const mask as usize).map(drop)
     }
 }
+
+impl Stopped {
+    /// The filters that are in force for it, the newest first. EACCES: no CAP_SYS_ADMIN, or the calling thread has a filter.
+    pub fn filters(&self) -> Result<Vec<Vec<libc::sock_filter>>, Errno> {
+        let mut filters = Vec::new();
+        loop {
+            let length = match request(PTRACE_SECCOMP_GET_FILTER, self.tid(), filters.len(), 0) {
+                Err(Errno::NOENT) => return Ok(filters),
+                // It has never had any.
+                Err(Errno::INVAL) if filters.is_empty() => return Ok(filters),
+                length => usize::try_from(length?).map_err(|_| Errno::OVERFLOW)?,
+            };
+            let mut program = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; length];
+            request(PTRACE_SECCOMP_GET_FILTER, self.tid(), filters.len(), program.as_mut_ptr() as usize)?;
+            filters.push(program);
+        }
+    }
+
+    /// Lets it go on until it comes to the next beginning or end of a system call. Signals on the way are delivered. `None`: it
+    /// has ended. Only with PTRACE_O_TRACESYSGOOD.
+    pub fn next_call(mut self) -> Result<Option<Self>, Errno> {
+        loop {
+            let signal = usize::try_from(std::mem::take(&mut self.signal)).unwrap_or(0);
+            request(libc::PTRACE_SYSCALL, self.tid(), 0, signal)?;
+            let mut status = 0;
+            retry_on_intr(|| {
+                // SAFETY: the kernel writes one int at this address, which is ours.
+                check(unsafe { libc::waitpid(self.tid().cast_signed(), &raw mut status, libc::__WALL) })
+            })?;
+            if !libc::WIFSTOPPED(status) {
+                return Ok(None);
+            }
+            match libc::WSTOPSIG(status) {
+                CALL_STOP => return Ok(Some(self)),
+                _ if status >> 16 != 0 => {}
+                signal => self.signal = signal,
+            }
+        }
+    }
+}
+
+/// `PTRACE_SECCOMP_GET_FILTER` (`linux/ptrace.h`, 4.4).
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+/// `SIGTRAP | 0x80`: a stop at a system call, with PTRACE_O_TRACESYSGOOD.
+const CALL_STOP: libc::c_int = libc::SIGTRAP | 0x80;
 
 impl Drop for Stopped {
     fn drop(&mut self) {

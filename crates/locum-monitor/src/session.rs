@@ -58,6 +58,8 @@ pub(crate) struct Session {
     pub(crate) served: Mutex<HashMap<u64, Arc<Served>>>,
     undelivered: Mutex<Vec<Undelivered>>,
     strays: Mutex<Vec<Stray>>,
+    /// Whether its calls run unhelped, since somebody wished so.
+    pub(crate) detached: AtomicBool,
 }
 
 /// One listener of a session.
@@ -173,11 +175,21 @@ impl Session {
             served: Mutex::default(),
             undelivered: Mutex::default(),
             strays: Mutex::default(),
+            detached: AtomicBool::new(false),
         };
+        session.look_for_wish();
         if let Some(granted) = &session.granted {
             granted.find_now(&session);
         }
         session
+    }
+
+    /// Looks whether its calls are to run unhelped.
+    pub(crate) fn look_for_wish(&self) {
+        let wish = self.shared.runtime_dir.detached(&self.id).exists();
+        if self.detached.swap(wish, Ordering::Relaxed) != wish {
+            tracing::info!(session = self.id, "{}", if wish { "detached" } else { "attached again" });
+        }
     }
 
     /// A free slot. Slots of listeners that this monitor does not serve are free once it has been told of all that live.

@@ -78,6 +78,7 @@ pub(crate) fn run(shared: &Shared) {
         }
         for session in shared.sessions() {
             session.expire(now);
+            session.look_for_wish();
             let served: Vec<Arc<Served>> = lock(&session.served).values().cloned().collect();
             for served in served {
                 busy |= look_at(&session, &served, now);

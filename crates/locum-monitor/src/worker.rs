@@ -223,7 +223,8 @@ impl Worker {
         taken: &RefCell<Option<Undelivered>>,
     ) -> Outcome {
         let session = &self.session;
-        let Some(granted) = &session.granted else { return Outcome::Decline };
+        let granted = session.granted.as_ref().filter(|_| !session.detached.load(Ordering::Relaxed));
+        let Some(granted) = granted else { return Outcome::Decline };
         let exports = granted.exports(session, caller);
         let kept = |identity: Identity| {
             let fits = |file: &_| Identity::of(file) == Ok(identity);

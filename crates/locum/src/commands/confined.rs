@@ -57,7 +57,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         anyhow::bail!("locum run is gone");
     }
     let listener = install(args)?;
-    deliver(&door, &listener, args).context("cannot hand the listener to the keeper")?;
+    let delivery = Delivery { pid: std::process::id(), id: &args.id, policy: &args.policy };
+    deliver(&door, &listener, &delivery).context("cannot hand the listener to the keeper")?;
     // Both are closed by exec too; but until then no copy of the listener may be here: whoever holds one can answer
     // the calls that it waits for.
     drop((door, listener));
@@ -76,7 +77,7 @@ fn is_in_path(program: &OsStr) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
-fn connect(door: &PathBuf) -> Result<OwnedFd, Errno> {
+pub(crate) fn connect(door: &PathBuf) -> Result<OwnedFd, Errno> {
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // A keeper that accepts nothing fills its queue, and would make us wait for ever.
@@ -105,15 +106,25 @@ fn install(args: &Args) -> anyhow::Result<Listener> {
     }
 }
 
+/// What the keeper is told of a listener.
+pub(crate) struct Delivery<'a> {
+    /// The process that has the filter.
+    pub(crate) pid: u32,
+    /// Its container's id.
+    pub(crate) id: &'a str,
+    /// The policy's name.
+    pub(crate) policy: &'a str,
+}
+
 /// Sends what a container runtime sends: the OCI `ContainerProcessState`, with the listener.
-fn deliver(door: &OwnedFd, listener: &Listener, args: &Args) -> anyhow::Result<()> {
-    let pid = std::process::id();
+pub(crate) fn deliver(door: &OwnedFd, listener: &Listener, delivery: &Delivery<'_>) -> anyhow::Result<()> {
+    let Delivery { pid, id, policy } = delivery;
     let state = serde_json::json!({
         "ociVersion": "1.0.2",
         "fds": ["seccompFd"],
         "pid": pid,
-        "metadata": format!("policy={}", args.policy),
-        "state": {"ociVersion": "1.0.2", "id": args.id, "status": "creating", "pid": pid, "bundle": "/"},
+        "metadata": format!("policy={policy}"),
+        "state": {"ociVersion": "1.0.2", "id": id, "status": "creating", "pid": pid, "bundle": "/"},
     })
     .to_string();
     let sent = locum_kernel::socket::send_with(door, state.as_bytes(), listener.as_fd())?;

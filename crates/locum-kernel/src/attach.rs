@@ -1,0 +1,229 @@
+//! Putting a filter with a listener into a process that runs, for all its threads.
+//!
+//! One of its threads is stopped, and its registers are set, once, to an [`Installation`], which it carries out by itself. What
+//! has to live for that is only this: while its own filters are to be suspended, so that one which refuses seccomp(2) does not
+//! count, somebody must trace it. If the tracer dies before, the thread's own filters decide, and it goes on in any case.
+
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use crate::Errno;
+use crate::arch::{Gadgets, Installation, State};
+use crate::fault::die_at;
+use crate::filter::Filter;
+use crate::hand_over::{EXTENDED, Unfit, prepare, write};
+use crate::notify::Listener;
+use crate::process::Thread;
+use crate::ptrace::{Seized, Stop, Stopped};
+use crate::verdict::{Action, of_call};
+
+/// Why a process is left as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Its program, or who traces it.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// A filter would not be enough of a promise to the kernel.
+    #[error(
+        "it may gain privileges by exec (no_new_privs is not set): --set-no-new-privs sets it, for good and for all that it will start"
+    )]
+    NewPrivs,
+    /// A filter that is there decides first.
+    #[error(
+        "a filter that it runs under already has {call} fail or be killed for ({action:?}), which outranks ours: start it with a profile of `locum profile`"
+    )]
+    Outranked {
+        /// The call's name.
+        call: &'static str,
+        /// What happens to it.
+        action: Action,
+    },
+    /// A filter that is there would kill the process half way, should we be killed.
+    #[error(
+        "a filter that it runs under kills for {call}, which it would have to call by itself if this program died now: start it with a profile of `locum profile`"
+    )]
+    Deadly {
+        /// The call's name.
+        call: &'static str,
+    },
+    /// Another listener.
+    #[error(
+        "another listener is in force (a container engine's, or ours still held by somebody): the kernel takes one at a time"
+    )]
+    Busy,
+    /// Threads that are not under the same filters.
+    #[error(
+        "a thread of it is under a filter that the others are not under; the kernel then takes none for all of them"
+    )]
+    Diverged,
+    /// No thread stops.
+    #[error(
+        "none of its threads stops within {0:?}: it waits in the kernel for what no signal ends, such as a child of vfork"
+    )]
+    Stuck(Duration),
+    /// It may not be looked at.
+    #[error(
+        "its filters cannot be read and suspended: this needs CAP_SYS_ADMIN in the initial user namespace, CONFIG_CHECKPOINT_RESTORE, and no seccomp filter on locum itself (systemd's SystemCallFilter=, a container's default profile)"
+    )]
+    Rights,
+    /// There is no room.
+    #[error("there is no room below the stack pointer of its thread {0}")]
+    NoRoom(u32),
+    /// The kernel's word.
+    #[error("{0}")]
+    Kernel(Errno),
+}
+
+impl From<Errno> for Refusal {
+    fn from(error: Errno) -> Self {
+        Self::Kernel(error)
+    }
+}
+
+/// A process that has just got a filter. One of its threads is stopped until this is dropped.
+#[derive(Debug)]
+pub struct Attached {
+    /// The filter's listener.
+    pub listener: Listener,
+    stopped: Stopped,
+    number: RawFd,
+    close: u64,
+}
+
+impl Attached {
+    /// Has the process close its own copy of the listener when it goes on.
+    pub fn without_copy(self) -> Result<(), Errno> {
+        let number = u64::from(self.number.cast_unsigned());
+        write(self.stopped.tid(), &[(self.close, number.to_ne_bytes().to_vec())])
+    }
+}
+
+/// How long one thread is waited for.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// How many threads of a process are tried.
+const THREADS: usize = 8;
+
+/// Puts `filter`, which hands `calls` over, into `process`, all of it.
+pub fn attach(
+    process: &Thread,
+    filter: &Filter,
+    calls: &[(&'static str, i32)],
+    no_new_privs: bool,
+) -> Result<Attached, Refusal> {
+    let gadgets = prepare(process)?;
+    let threads = process.threads()?;
+    let mut refusal = Refusal::Stuck(PATIENCE);
+    // A thread in a call that the kernel remembers is left for the second time around: its call would fail with EINTR.
+    for spares in [true, false] {
+        for tid in threads.iter().take(THREADS) {
+            let stopped = match stop(process, *tid) {
+                Ok(Some(stopped)) => stopped,
+                Ok(None) => continue,
+                Err(error) => {
+                    refusal = error;
+                    continue;
+                }
+            };
+            if spares && stopped.registers()?.are_in_remembered_call() {
+                continue;
+            }
+            return install(process, stopped, gadgets, filter, calls, no_new_privs);
+        }
+    }
+    Err(refusal)
+}
+
+/// Stops a thread of `process`. `None`: it does not stop, or has ended.
+fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
+    const SUSPEND_SECCOMP: i32 = 1 << 21;
+    let options = libc::PTRACE_O_TRACESYSGOOD | SUSPEND_SECCOMP;
+    let seized = Seized::seize(tid, options).map_err(|error| match (error, process.tracer()) {
+        (Errno::PERM, Ok(tracer @ 1..)) => Refusal::Unfit(Unfit::Traced(tracer)),
+        (Errno::PERM, _) => Refusal::Rights,
+        _ => Refusal::Kernel(error),
+    })?;
+    // The thread is this process's if that still lives: its id was read from there.
+    let lives = process.lives();
+    match seized.interrupt()?.wait_for(PATIENCE)? {
+        Stop::Caught(stopped) if lives => Ok(Some(stopped)),
+        Stop::Caught(_) | Stop::Gone => Err(Refusal::Kernel(Errno::SRCH)),
+        Stop::Signalled | Stop::Never => Ok(None),
+    }
+}
+
+fn install(
+    process: &Thread,
+    stopped: Stopped,
+    gadgets: Gadgets,
+    filter: &Filter,
+    calls: &[(&'static str, i32)],
+    no_new_privs: bool,
+) -> Result<Attached, Refusal> {
+    let filters = stopped.filters().map_err(|_| Refusal::Rights)?;
+    for (call, nr) in calls {
+        let (action, _) = of_call(&filters, *nr);
+        if action < Action::Notify {
+            return Err(Refusal::Outranked { call, action });
+        }
+    }
+    for (call, nr) in OWN {
+        if of_call(&filters, i32::try_from(nr).unwrap_or(-1)).1 <= Action::Trap {
+            return Err(Refusal::Deadly { call });
+        }
+    }
+    let registers = stopped.registers()?;
+    if !registers.are_wide() {
+        return Err(Refusal::Kernel(Errno::OPNOTSUPP));
+    }
+    let mut extended = Vec::with_capacity(EXTENDED);
+    stopped.extended_state(&mut extended)?;
+    let state = State { registers: &registers, signal_mask: stopped.signal_mask()?, extended: &extended };
+    let program = filter.program();
+    let installation =
+        Installation::of(&state, gadgets, program, Filter::flags_for_all_threads(), no_new_privs)
+            .ok_or(Refusal::NoRoom(stopped.tid()))?;
+    die_at(21);
+    write(stopped.tid(), &installation.memory).map_err(|_| Refusal::NoRoom(stopped.tid()))?;
+    die_at(22);
+    stopped.set_registers(&installation.registers)?;
+    die_at(23);
+    stopped.set_signal_mask(u64::MAX)?;
+    let (stopped, number) = follow(stopped)?;
+    die_at(26);
+    let listener =
+        Listener::try_from(process.descriptor(number)?).map_err(|_| Refusal::Kernel(Errno::BADF))?;
+    Ok(Attached { listener, stopped, number, close: installation.close })
+}
+
+/// The calls that an installation makes.
+const OWN: [(&str, libc::c_long); 4] = [
+    ("rt_sigreturn", libc::SYS_rt_sigreturn),
+    ("prctl", libc::SYS_prctl),
+    ("seccomp", libc::SYS_seccomp),
+    ("close", libc::SYS_close),
+];
+
+/// Goes with the thread until it has its listener, and returns that one's number.
+fn follow(mut stopped: Stopped) -> Result<(Stopped, RawFd), Refusal> {
+    // Twice for each call: rt_sigreturn, prctl, rt_sigreturn, seccomp.
+    for step in 0..8 {
+        stopped = stopped.next_call()?.ok_or(Refusal::Kernel(Errno::SRCH))?;
+        die_at(24);
+        let (nr, result) = stopped.registers()?.call();
+        if nr != libc::SYS_seccomp || step % 2 == 0 {
+            continue;
+        }
+        die_at(25);
+        return match RawFd::try_from(result) {
+            Ok(number) if number >= 0 => Ok((stopped, number)),
+            Ok(error) => Err(match Errno::from_raw_os_error(-error) {
+                Errno::BUSY => Refusal::Busy,
+                Errno::SRCH => Refusal::Diverged,
+                Errno::ACCESS => Refusal::NewPrivs,
+                error => Refusal::Kernel(error),
+            }),
+            Err(_) => Err(Refusal::Kernel(Errno::OVERFLOW)),
+        };
+    }
+    Err(Refusal::Kernel(Errno::IO))
+}

@@ -1,0 +1,201 @@
+//! `locum attach` and `locum detach`.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use locum_keeper::{RuntimeDir, client};
+use locum_kernel::attach::{self, Refusal};
+use locum_kernel::filter::Filter;
+use locum_kernel::notify::Listener;
+use locum_kernel::process::Thread;
+use locum_kernel::{Errno, arch, hand_over};
+use locum_policy::Policy;
+
+use super::confined::{self, Delivery};
+use super::processes::{Named, Processes};
+
+/// Serves processes that run already: with no profile of ours, or after they have lost their listener.
+///
+/// Each process gets a filter of its own, for all its threads; what it starts later inherits it. A filter never leaves again.
+/// Needs root, without a seccomp filter on this program itself, and no_new_privs in the process.
+#[derive(clap::Args)]
+#[command(after_help = "Example: sudo locum attach --pid 4711 --policy virtiofsd")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    named: Named,
+    /// The policy: a built-in one, or one that the monitor was given.
+    #[arg(long, value_name = "NAME", default_value = "virtiofsd")]
+    policy: String,
+    /// Where the keeper works.
+    #[arg(long, value_name = "DIR", env = "LOCUM_RUNTIME_DIR", default_value = "/run/locum")]
+    runtime_dir: PathBuf,
+    /// Says what would be done to which process, and does nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Sets no_new_privs where it is missing, for good: set-user-id programs will not work there any more.
+    #[arg(long)]
+    set_no_new_privs: bool,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    super::processes::must_be_root("attach")?;
+    let runtime_dir = RuntimeDir::new(&args.runtime_dir);
+    let processes = Processes::of(&args.named)?;
+    let status = client::status(&runtime_dir, false).with_context(|| {
+        format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
+    })?;
+    let name = processes.name();
+    for session in status.sessions.iter().filter(|session| session.container == name) {
+        if !args.dry_run && std::fs::remove_file(runtime_dir.detached(&session.id.to_string())).is_ok() {
+            println!("{}: attached again", session.id);
+        }
+    }
+    let keeper = Thread::hold(status.keeper.pid).context("the keeper is gone")?;
+    let work = Work { args, name, runtime_dir, keeper, calls: calls(&args.policy) };
+    let (mut seen, mut attached, mut refused) = (HashSet::new(), 0, 0);
+    // What is started while we work is found the next time around, until there is nothing new.
+    loop {
+        let new: Vec<u32> = processes.now()?.into_iter().filter(|pid| seen.insert(*pid)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for pid in new {
+            match work.one(pid) {
+                Ok(done) => {
+                    attached += u32::from(matches!(done, Done::Attached | Done::TakenBack));
+                    println!("process {pid}: {}", done.as_str());
+                }
+                // It has ended meanwhile.
+                Err(error) if error.chain().any(|cause| cause.downcast_ref() == Some(&Errno::SRCH)) => {}
+                Err(error) => {
+                    refused += 1;
+                    println!("process {pid}: left as it is: {error:#}");
+                }
+            }
+        }
+    }
+    anyhow::ensure!(!seen.is_empty(), "wanted a running process, found none");
+    println!("{attached} attached, {refused} left as they are");
+    Ok(ExitCode::from(u8::from(refused > 0)))
+}
+
+/// The calls to hand over: what the policy names, if it can be read here; whatever else comes runs unhelped.
+fn calls(policy: &str) -> Vec<(&'static str, i32)> {
+    let known = locum_policy::builtin().into_iter().find(|known: &Policy| known.name == policy);
+    let wanted =
+        |name: &str| known.as_ref().is_none_or(|policy| policy.calls.iter().any(|call| call.name() == name));
+    arch::CALLS.iter().copied().filter(|(name, _)| wanted(name)).collect()
+}
+
+struct Work<'a> {
+    args: &'a Args,
+    /// The container's id, as the keeper is told it.
+    name: String,
+    runtime_dir: RuntimeDir,
+    keeper: Thread,
+    calls: Vec<(&'static str, i32)>,
+}
+
+enum Done {
+    Attached,
+    TakenBack,
+    Served,
+    Would(&'static str),
+}
+
+impl Done {
+    fn as_str(&self) -> &'static str {
+        match self {
+            Self::Attached => "attached",
+            Self::TakenBack => "attached, with a listener that it still had",
+            Self::Served => "is served already",
+            Self::Would(what) => what,
+        }
+    }
+}
+
+impl Work<'_> {
+    fn one(&self, pid: u32) -> anyhow::Result<Done> {
+        let process = Thread::hold(pid)?;
+        super::processes::may_be_touched(&process)?;
+        if let Some(listener) = process.find_listener()? {
+            if self.keeper.find(listener.as_fd())?.is_some() {
+                return Ok(Done::Served);
+            }
+            if self.args.dry_run {
+                return Ok(Done::Would("would be attached, with a listener that it still has"));
+            }
+            self.deliver(pid, &listener)?;
+            return Ok(Done::TakenBack);
+        }
+        let has_promise = process.status()?.no_new_privs;
+        if !has_promise && !self.args.set_no_new_privs {
+            return Err(Refusal::NewPrivs.into());
+        }
+        if self.args.dry_run {
+            hand_over::prepare(&process).map_err(Refusal::from)?;
+            return Ok(Done::Would("would get a filter of its own, if its filters let it"));
+        }
+        let numbers: Vec<i32> = self.calls.iter().map(|(_, nr)| *nr).collect();
+        let filter = Filter::notify(&numbers);
+        match attach::attach(&process, &filter, &self.calls, !has_promise) {
+            Ok(attached) => {
+                // Before the process goes on and closes its own copy: from then on somebody else holds it.
+                self.deliver(pid, &attached.listener)?;
+                attached.without_copy()?;
+                Ok(Done::Attached)
+            }
+            // Its parent was attached before it was started, or a runtime's profile is in force.
+            Err(Refusal::Busy) => Ok(Done::Served),
+            Err(refusal) => Err(refusal.into()),
+        }
+    }
+
+    fn deliver(&self, pid: u32, listener: &Listener) -> anyhow::Result<()> {
+        let door =
+            confined::connect(&self.runtime_dir.front_door()).context("cannot reach the front door")?;
+        confined::deliver(&door, listener, &Delivery { pid, id: &self.name, policy: &self.args.policy })
+    }
+}
+
+/// Lets the calls of a workload run unhelped from now on, until it ends or is attached again.
+///
+/// Its filter and its listener stay: a filter never leaves.
+#[derive(clap::Args)]
+#[command(after_help = "Example: sudo locum detach --pid 4711")]
+pub(crate) struct DetachArgs {
+    #[command(flatten)]
+    named: Named,
+    /// Where the keeper works.
+    #[arg(long, value_name = "DIR", env = "LOCUM_RUNTIME_DIR", default_value = "/run/locum")]
+    runtime_dir: PathBuf,
+}
+
+pub(crate) fn detach(args: &DetachArgs) -> anyhow::Result<ExitCode> {
+    super::processes::must_be_root("detach")?;
+    let runtime_dir = RuntimeDir::new(&args.runtime_dir);
+    let status = client::status(&runtime_dir, false).with_context(|| {
+        format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
+    })?;
+    let name = args
+        .named
+        .container
+        .clone()
+        .map_or_else(|| Processes::of(&args.named).map(|found| found.name()), Ok)?;
+    let is_it = |container: &str, pid: u32| container == name || args.named.pid.contains(&pid);
+    let mut found = 0;
+    for session in status.sessions.iter().filter(|session| is_it(&session.container, session.pid)) {
+        let marker = runtime_dir.detached(&session.id.to_string());
+        std::fs::write(&marker, "").with_context(|| format!("cannot write {}", marker.display()))?;
+        println!("{}: its calls run unhelped", session.id);
+        found += 1;
+    }
+    anyhow::ensure!(
+        found > 0,
+        "wanted a workload that is served, found none of that name: see `locum status`"
+    );
+    Ok(ExitCode::SUCCESS)
+}
