@@ -1,6 +1,9 @@
 //! The rights of one worker thread: full for looking at callers, one capability for decoding a handle, none and the
 //! caller's own ids for opening.
 
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
 use rustix::fs::Gid;
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
@@ -16,6 +19,10 @@ pub const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETGID);
+
+/// What the surgeon needs beside that, the short-lived program which puts a listener into a process that lost its own: to suspend
+/// that process's filters for a moment, and to read them. No thread of a monitor ever has it in effect.
+const SURGEON: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
 /// What of its capabilities a worker has in effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,13 +41,31 @@ pub fn limit_process() -> Result<(), Errno> {
     rustix::thread::set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_ROOT,
     )?;
+    let own = rustix::thread::capabilities(None)?;
+    // Who started us without the right may have us serve, but not put lost listeners back.
+    let permitted = NEEDED.union(SURGEON).intersection(own.permitted.union(NEEDED));
+    // Nothing can become inheritable any more once the bounding set is empty.
+    rustix::thread::set_capabilities(None, CapabilitySets { inheritable: permitted, ..own })?;
     crate::confine::empty_bounding_set()?;
-    let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets { effective: NEEDED, permitted: NEEDED, inheritable: none },
-    )?;
+    let sets = CapabilitySets { effective: NEEDED, permitted, inheritable: permitted };
+    rustix::thread::set_capabilities(None, sets)?;
     rustix::thread::set_no_new_privs(true)
+}
+
+/// Has `command` run with [`NEEDED`] and what the surgeon needs beside. EPERM, when it starts: the calling thread was not the one
+/// that called [`limit_process`].
+pub fn as_surgeon(command: &mut Command) {
+    let raise = || {
+        for bit in 0..64 {
+            let capability = CapabilitySet::from_bits_retain(1 << bit);
+            if NEEDED.union(SURGEON).contains(capability) {
+                rustix::thread::configure_capability_in_ambient_set(capability, true)?;
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes system calls, and touches no memory that another thread may hold a lock on.
+    unsafe { command.pre_exec(raise) };
 }
 
 /// The calling thread's rights, and the ids that it has taken on.

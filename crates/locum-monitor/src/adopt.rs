@@ -133,6 +133,7 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
         policy: policy.name.clone(),
         scope: policy.scope(&subject)?,
         key: key.to_string(),
+        user: (!is_root).then_some(uid),
         process: first
             .as_ref()
             .and_then(|first| Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })),

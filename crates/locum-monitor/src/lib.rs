@@ -17,6 +17,7 @@ mod keys;
 mod lifeline;
 mod park;
 pub mod parts;
+pub mod reattach;
 mod record;
 mod recovery;
 mod session;

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::caller::Caller;
 use crate::record::{Process, write_whole};
 use crate::session::{Served, Session, lock, now_ms};
-use crate::{Shared, adopt, fill_one};
+use crate::{Shared, adopt, fill_one, reattach};
 
 /// The version of what is kept on disk of a lifeline.
 const VERSION: u32 = 1;
@@ -187,6 +187,7 @@ pub(crate) fn forget(shared: &Shared, session: &str, listener: ListenerId) {
 /// to the keeper.
 pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[SessionId]) {
     let Ok(folders) = fs::read_dir(shared.runtime_dir.sessions()) else { return };
+    let mut lost = Vec::new();
     for folder in folders.flatten() {
         let id = folder.file_name().to_string_lossy().into_owned();
         let is_known =
@@ -218,7 +219,11 @@ pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[
                 ),
             }
         }
+        if !lock(&shared.sessions).contains_key(&id) {
+            lost.push(id);
+        }
     }
+    reattach::begin(shared, &lost);
 }
 
 fn hand_to_keeper(shared: &Shared, connection: &Connection, delivery: &Delivery) {

@@ -25,6 +25,9 @@ pub(crate) struct Record {
     pub(crate) scope: String,
     /// The id of the key that signs them.
     pub(crate) key: String,
+    /// The rootless user at whose door it began.
+    #[serde(default)]
+    pub(crate) user: Option<u32>,
     /// The workload's first process, if it is known.
     pub(crate) process: Option<Process>,
     /// The exports that were found.
@@ -136,6 +139,7 @@ mod tests {
             policy: "p".into(),
             scope: "s".into(),
             key: "00000001".into(),
+            user: None,
             process: Some(Process { pid: 1, start_time: 2 }),
             exports: vec![FoundExport { path: "/share".into(), mount: 3 }],
         };

@@ -12,6 +12,7 @@ use locum_kernel::filter::Filter;
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
 use locum_kernel::{Errno, arch, hand_over};
+use locum_monitor::reattach::{self, Lost};
 use locum_policy::Policy;
 
 use super::confined::{self, Delivery};
@@ -43,43 +44,37 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     super::processes::must_be_root("attach")?;
     let runtime_dir = RuntimeDir::new(&args.runtime_dir);
-    let processes = Processes::of(&args.named)?;
     let status = client::status(&runtime_dir, false).with_context(|| {
         format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
     })?;
-    let name = processes.name();
-    for session in status.sessions.iter().filter(|session| session.container == name) {
-        if !args.dry_run && std::fs::remove_file(runtime_dir.detached(&session.id.to_string())).is_ok() {
-            println!("{}: attached again", session.id);
-        }
-    }
     let keeper = Thread::hold(status.keeper.pid).context("the keeper is gone")?;
-    let work = Work { args, name, runtime_dir, keeper, calls: calls(&args.policy) };
-    let (mut seen, mut attached, mut refused) = (HashSet::new(), 0, 0);
-    // What is started while we work is found the next time around, until there is nothing new.
-    loop {
-        let new: Vec<u32> = processes.now()?.into_iter().filter(|pid| seen.insert(*pid)).collect();
-        if new.is_empty() {
-            break;
-        }
-        for pid in new {
-            match work.one(pid) {
-                Ok(done) => {
-                    attached += u32::from(matches!(done, Done::Attached | Done::TakenBack));
-                    println!("process {pid}: {}", done.as_str());
-                }
-                // It has ended meanwhile.
-                Err(error) if error.chain().any(|cause| cause.downcast_ref() == Some(&Errno::SRCH)) => {}
-                Err(error) => {
-                    refused += 1;
-                    println!("process {pid}: left as it is: {error:#}");
-                }
+    let mut work = Work { args, runtime_dir, keeper, seen: HashSet::new(), attached: 0, refused: 0 };
+    if args.named.lost {
+        let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
+        for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
+            let processes = Processes::Both { first: lost.process, container: lost.container.clone() };
+            let before = work.attached;
+            work.all(&processes, &lost.policy, Some(&lost.key))?;
+            if work.attached > before {
+                // The workload has another session now.
+                std::fs::remove_dir_all(&lost.folder)
+                    .with_context(|| format!("cannot remove {}", lost.folder.display()))?;
             }
         }
+    } else {
+        let processes = Processes::of(&args.named)?;
+        let name = processes.name();
+        for session in status.sessions.iter().filter(|session| session.container == name) {
+            let marker = work.runtime_dir.detached(&session.id.to_string());
+            if !args.dry_run && std::fs::remove_file(marker).is_ok() {
+                println!("{}: attached again", session.id);
+            }
+        }
+        work.all(&processes, &args.policy, None)?;
+        anyhow::ensure!(!work.seen.is_empty(), "wanted a running process, found none");
     }
-    anyhow::ensure!(!seen.is_empty(), "wanted a running process, found none");
-    println!("{attached} attached, {refused} left as they are");
-    Ok(ExitCode::from(u8::from(refused > 0)))
+    println!("{} attached, {} left as they are", work.attached, work.refused);
+    Ok(ExitCode::from(u8::from(work.refused > 0)))
 }
 
 /// The calls to hand over: what the policy names, if it can be read here; whatever else comes runs unhelped.
@@ -92,11 +87,18 @@ fn calls(policy: &str) -> Vec<(&'static str, i32)> {
 
 struct Work<'a> {
     args: &'a Args,
-    /// The container's id, as the keeper is told it.
-    name: String,
     runtime_dir: RuntimeDir,
     keeper: Thread,
-    calls: Vec<(&'static str, i32)>,
+    seen: HashSet<u32>,
+    attached: u32,
+    refused: u32,
+}
+
+/// What the keeper is to be told of a workload.
+struct Workload<'a> {
+    container: &'a str,
+    policy: &'a str,
+    key: Option<&'a str>,
 }
 
 enum Done {
@@ -118,7 +120,33 @@ impl Done {
 }
 
 impl Work<'_> {
-    fn one(&self, pid: u32) -> anyhow::Result<Done> {
+    /// All of a workload. What is started while we work is found the next time around, until there is nothing new.
+    fn all(&mut self, processes: &Processes, policy: &str, key: Option<&str>) -> anyhow::Result<()> {
+        let container = processes.name();
+        let workload = Workload { container: &container, policy, key };
+        loop {
+            let new: Vec<u32> = processes.now()?.into_iter().filter(|pid| self.seen.insert(*pid)).collect();
+            if new.is_empty() {
+                return Ok(());
+            }
+            for pid in new {
+                match self.one(pid, &workload) {
+                    Ok(done) => {
+                        self.attached += u32::from(matches!(done, Done::Attached | Done::TakenBack));
+                        println!("process {pid}: {}", done.as_str());
+                    }
+                    // It has ended meanwhile.
+                    Err(error) if has_ended(&error) => {}
+                    Err(error) => {
+                        self.refused += 1;
+                        println!("process {pid}: left as it is: {error:#}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
         let process = Thread::hold(pid)?;
         super::processes::may_be_touched(&process)?;
         if let Some(listener) = process.find_listener()? {
@@ -128,7 +156,7 @@ impl Work<'_> {
             if self.args.dry_run {
                 return Ok(Done::Would("would be attached, with a listener that it still has"));
             }
-            self.deliver(pid, &listener)?;
+            self.deliver(pid, &listener, workload)?;
             return Ok(Done::TakenBack);
         }
         let has_promise = process.status()?.no_new_privs;
@@ -139,12 +167,12 @@ impl Work<'_> {
             hand_over::prepare(&process).map_err(Refusal::from)?;
             return Ok(Done::Would("would get a filter of its own, if its filters let it"));
         }
-        let numbers: Vec<i32> = self.calls.iter().map(|(_, nr)| *nr).collect();
-        let filter = Filter::notify(&numbers);
-        match attach::attach(&process, &filter, &self.calls, !has_promise) {
+        let calls = calls(workload.policy);
+        let numbers: Vec<i32> = calls.iter().map(|(_, nr)| *nr).collect();
+        match attach::attach(&process, &Filter::notify(&numbers), &calls, !has_promise) {
             Ok(attached) => {
                 // Before the process goes on and closes its own copy: from then on somebody else holds it.
-                self.deliver(pid, &attached.listener)?;
+                self.deliver(pid, &attached.listener, workload)?;
                 attached.without_copy()?;
                 Ok(Done::Attached)
             }
@@ -154,11 +182,22 @@ impl Work<'_> {
         }
     }
 
-    fn deliver(&self, pid: u32, listener: &Listener) -> anyhow::Result<()> {
+    fn deliver(&self, pid: u32, listener: &Listener, workload: &Workload<'_>) -> anyhow::Result<()> {
         let door =
             confined::connect(&self.runtime_dir.front_door()).context("cannot reach the front door")?;
-        confined::deliver(&door, listener, &Delivery { pid, id: &self.name, policy: &self.args.policy })
+        let policy = workload
+            .key
+            .map_or_else(|| workload.policy.to_owned(), |key| format!("{},key={key}", workload.policy));
+        confined::deliver(&door, listener, &Delivery { pid, id: workload.container, policy: &policy })
     }
+}
+
+fn has_ended(error: &anyhow::Error) -> bool {
+    let is_gone = |error: &Errno| matches!(*error, Errno::SRCH | Errno::NOENT);
+    error.chain().any(|cause| {
+        cause.downcast_ref().is_some_and(is_gone)
+            || matches!(cause.downcast_ref(), Some(Refusal::Kernel(error)) if is_gone(error))
+    })
 }
 
 /// Lets the calls of a workload run unhelped from now on, until it ends or is attached again.

@@ -16,6 +16,9 @@ pub(crate) struct Named {
     /// All processes of the container with this id, as its control group names it.
     #[arg(long, value_name = "ID")]
     pub(crate) container: Option<String>,
+    /// Every workload that root's runtimes began and whose listener is lost. Monitors do this by themselves.
+    #[arg(long)]
+    pub(crate) lost: bool,
 }
 
 /// The same, found.
@@ -26,6 +29,11 @@ pub(crate) enum Processes {
         started: u64,
     },
     Container(String),
+    /// What a container's first process has started, and whatever else is in the container.
+    Both {
+        first: u32,
+        container: String,
+    },
 }
 
 impl Processes {
@@ -42,7 +50,7 @@ impl Processes {
     /// What the keeper is told as the container's id. A process's id alone could come again, and with it its scope.
     pub(crate) fn name(&self) -> String {
         match self {
-            Self::Container(id) => id.clone(),
+            Self::Container(id) | Self::Both { container: id, .. } => id.clone(),
             Self::Tree { roots, started } => format!("pid-{}-{started}", roots.first().copied().unwrap_or(0)),
         }
     }
@@ -50,25 +58,31 @@ impl Processes {
     /// Those that live now, parents first.
     pub(crate) fn now(&self) -> anyhow::Result<Vec<u32>> {
         let all = all()?;
+        let in_container = |id: &str| all.iter().copied().filter(|pid| is_in_container(*pid, id)).collect();
         Ok(match self {
-            Self::Container(id) => all.into_iter().filter(|pid| is_in_container(*pid, id)).collect(),
-            Self::Tree { roots, .. } => {
-                let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
-                for pid in all {
-                    if let Ok(status) = Thread::hold(pid).and_then(|process| process.status()) {
-                        children.entry(status.parent).or_default().push(pid);
-                    }
-                }
-                let mut found = roots.clone();
-                let mut next = 0;
-                while let Some(pid) = found.get(next) {
-                    found.extend(children.remove(pid).unwrap_or_default());
-                    next += 1;
-                }
-                found
+            Self::Container(id) => in_container(id),
+            Self::Tree { roots, .. } => with_descendants(roots, &all),
+            Self::Both { first, container } => {
+                [with_descendants(&[*first], &all), in_container(container)].concat()
             }
         })
     }
+}
+
+fn with_descendants(roots: &[u32], all: &[u32]) -> Vec<u32> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    for pid in all {
+        if let Ok(status) = Thread::hold(*pid).and_then(|process| process.status()) {
+            children.entry(status.parent).or_default().push(*pid);
+        }
+    }
+    let mut found = roots.to_vec();
+    let mut next = 0;
+    while let Some(pid) = found.get(next) {
+        found.extend(children.remove(pid).unwrap_or_default());
+        next += 1;
+    }
+    found
 }
 
 fn all() -> anyhow::Result<Vec<u32>> {
