@@ -103,7 +103,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// How many threads of a process are tried.
 const THREADS: usize = 8;
 
-/// Puts `filter`, which hands `calls` over, into `process`, all of it.
+/// Puts `filter`, which hands `calls` over, into all of the process of which `process` is a thread that lives.
 pub fn attach(
     process: &Thread,
     filter: &Filter,
@@ -113,12 +113,21 @@ pub fn attach(
     let gadgets = prepare(process)?;
     let threads = process.threads()?;
     let mut refusal = Refusal::Stuck(PATIENCE);
+    let mut stuck = Vec::new();
     // A thread in a call that the kernel remembers is left for the second time around: its call would fail with EINTR.
     for spares in [true, false] {
         for tid in threads.iter().take(THREADS) {
+            if stuck.contains(tid) {
+                continue;
+            }
             let stopped = match stop(process, *tid) {
                 Ok(Some(stopped)) => stopped,
-                Ok(None) => continue,
+                Ok(None) => {
+                    stuck.push(*tid);
+                    continue;
+                }
+                // Whoever traces one thread would be surprised by what happens to it.
+                Err(error @ (Refusal::Unfit(_) | Refusal::Rights)) => return Err(error),
                 Err(error) => {
                     refusal = error;
                     continue;

@@ -46,6 +46,15 @@ impl Thread {
         if held.lives() { Ok(held) } else { Err(Errno::SRCH) }
     }
 
+    /// Takes hold of a thread of process `pid` that lives: the leader, unless it has ended before others. ESRCH: there is none, or
+    /// it is a thread of the kernel.
+    pub fn hold_living(pid: u32) -> Result<Self, Errno> {
+        let leader = Self::hold(pid)?;
+        let threads = leader.threads()?;
+        let mut living = threads.iter().filter_map(|tid| Self::hold(*tid).ok());
+        living.find(|thread| thread.has_memory() == Ok(true)).ok_or(Errno::SRCH)
+    }
+
     /// The thread's id in our pid namespace.
     pub fn tid(&self) -> u32 {
         self.tid
@@ -111,11 +120,15 @@ impl Thread {
         Ok(threads)
     }
 
-    /// Who traces the thread; 0 if nobody does.
+    /// The process that traces the thread; 0 if none does.
     pub fn tracer(&self) -> Result<u32, Errno> {
         let status = self.read(c"status")?;
         let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-        tracer.and_then(|pid| pid.trim().parse().ok()).ok_or(Errno::SRCH)
+        match tracer.and_then(|tid| tid.trim().parse().ok()).ok_or(Errno::SRCH)? {
+            0 => Ok(0),
+            // It is a thread's id.
+            tid => Ok(Self::hold(tid)?.status()?.process),
+        }
     }
 
     /// Whether its processor keeps a shadow stack for it (x86, 6.6).

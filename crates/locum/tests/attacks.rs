@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Ground, USER, locum};
+use common::{Ground, USER, locum, mount_of};
 use rustix::fs::AtFlags;
 use tempfile::TempDir;
 
@@ -103,16 +103,11 @@ fn a_handle_of_another_scope_opens_nothing() {
     assert_ne!(yard.run(&here, "print", &["file"]), handle);
     // With the same scope, it opens; with that scope and another key, it does not.
     let policy = yard.path("policy.toml");
-    std::fs::write(&policy, format!("[mine]\ncalls = [\"name_to_handle_at\", \"open_by_handle_at\"]\nexports = [{:?}]\nscope = \"mine\"\n", mount(&yard))).unwrap();
+    std::fs::write(&policy, format!("[mine]\ncalls = [\"name_to_handle_at\", \"open_by_handle_at\"]\nexports = [{:?}]\nscope = \"mine\"\n", mount_of(&yard.path("files")))).unwrap();
     let policy = ["--policy", policy.to_str().unwrap()];
     let handle = yard.run(&[&here[..], &policy].concat(), "print", &["file"]);
     yard.run(&[&here[..], &policy].concat(), "open-one", &[&handle, "0"]);
     yard.run(&policy, "open-one", &[&handle, STALE]);
-}
-
-/// The mount that the yard lies on.
-fn mount(yard: &Yard) -> String {
-    must(Command::new("findmnt").args(["-n", "-o", "TARGET", "--target", &yard.text("files")]))
 }
 
 #[test]
@@ -194,7 +189,7 @@ mod faults {
         let policy = yard.path("policy.toml");
         let text = format!(
             "[hasty]\ncalls = [\"name_to_handle_at\", \"open_by_handle_at\"]\nexports = [{:?}]\nscope = \"x\"\n[hasty.limits]\ndeadline_ms = 1500\n",
-            mount(&yard)
+            mount_of(&yard.path("files"))
         );
         std::fs::write(&policy, text).unwrap();
         yard.run(&["--policy", policy.to_str().unwrap()], "fault", &["stall"]);
@@ -238,7 +233,7 @@ fn a_rootless_user_gets_what_his_door_gives() {
     for (name, peers) in [("theirs", "[1001, 1002]"), ("roots", "[0]")] {
         let text = format!(
             "[{name}]\n{calls}\npeers = {peers}\nexports = [{:?}]\nscope = \"{{container}}\"\ntrusted = [\"container\"]\n",
-            mount(&yard)
+            mount_of(&yard.path("files"))
         );
         std::fs::write(policies.join(format!("{name}.toml")), text).unwrap();
     }

@@ -17,12 +17,12 @@ use serde_json::Value;
 /// `locum_kernel::fault::die_at` names these.
 const STEPS: std::ops::RangeInclusive<u32> = 1..=11;
 
-fn monitor(ground: &Ground, die_at: Option<u32>) -> Process {
+fn monitor(ground: &Ground, die_at: Option<(u32, u32)>) -> Process {
     let log = std::fs::File::options().create(true).append(true).open(&ground.log).unwrap();
     let mut command = locum(&["monitor", "--runtime-dir", ground.path(), "--keys"]);
     command.arg(ground.runtime.path().join("keys")).stderr(log);
-    if let Some(step) = die_at {
-        command.env("LOCUM_DIE_AT", step.to_string());
+    if let Some((step, after)) = die_at {
+        command.env("LOCUM_DIE_AT", step.to_string()).env("LOCUM_DIE_AFTER", after.to_string());
     }
     Process(command.spawn().unwrap())
 }
@@ -53,7 +53,8 @@ fn intact(options: &[&str], signal_every_us: u32, keeper_too: bool) -> Value {
     });
     first.kill();
     for step in STEPS.cycle() {
-        let mut monitor = monitor(&ground, Some(step));
+        // Not always at the first hand-over: others are under way then.
+        let mut monitor = monitor(&ground, Some((step, died.iter().sum::<u32>() / 11 % 5)));
         let ended = loop {
             if run.0.try_wait().unwrap().is_some() {
                 break true;

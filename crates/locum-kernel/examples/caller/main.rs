@@ -8,6 +8,7 @@ mod bare;
 mod intact;
 mod name;
 mod open;
+mod state;
 
 use bare::Ground;
 
@@ -28,6 +29,7 @@ fn main() {
             };
             intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
         }
+        "state" => state::run(Box::leak(Box::new(ground)), &rest[0]),
         "permission" => open::permissions_of(&ground),
         attack => attack::run(attack, &ground, rest),
     }

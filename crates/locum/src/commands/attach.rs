@@ -147,8 +147,7 @@ impl Work<'_> {
     }
 
     fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
-        let process = Thread::hold(pid)?;
-        super::processes::may_be_touched(&process)?;
+        let process = super::processes::hold(pid)?;
         if let Some(listener) = process.find_listener()? {
             if self.keeper.find(listener.as_fd())?.is_some() {
                 return Ok(Done::Served);
@@ -156,7 +155,7 @@ impl Work<'_> {
             if self.args.dry_run {
                 return Ok(Done::Would("would be attached, with a listener that it still has"));
             }
-            self.deliver(pid, &listener, workload)?;
+            self.deliver(&process, &listener, workload)?;
             return Ok(Done::TakenBack);
         }
         let has_promise = process.status()?.no_new_privs;
@@ -172,7 +171,7 @@ impl Work<'_> {
         match attach::attach(&process, &Filter::notify(&numbers), &calls, !has_promise) {
             Ok(attached) => {
                 // Before the process goes on and closes its own copy: from then on somebody else holds it.
-                self.deliver(pid, &attached.listener, workload)?;
+                self.deliver(&process, &attached.listener, workload)?;
                 attached.without_copy()?;
                 Ok(Done::Attached)
             }
@@ -182,13 +181,17 @@ impl Work<'_> {
         }
     }
 
-    fn deliver(&self, pid: u32, listener: &Listener, workload: &Workload<'_>) -> anyhow::Result<()> {
+    fn deliver(&self, process: &Thread, listener: &Listener, workload: &Workload<'_>) -> anyhow::Result<()> {
         let door =
             confined::connect(&self.runtime_dir.front_door()).context("cannot reach the front door")?;
         let policy = workload
             .key
             .map_or_else(|| workload.policy.to_owned(), |key| format!("{},key={key}", workload.policy));
-        confined::deliver(&door, listener, &Delivery { pid, id: workload.container, policy: &policy })
+        confined::deliver(
+            &door,
+            listener,
+            &Delivery { pid: process.tid(), id: workload.container, policy: &policy },
+        )
     }
 }
 

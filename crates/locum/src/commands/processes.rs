@@ -111,23 +111,19 @@ pub(crate) fn must_be_root(command: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Fails for what is never touched: the first process of the host, this one and those that it comes from, threads of the kernel.
-pub(crate) fn may_be_touched(process: &Thread) -> anyhow::Result<()> {
-    let pid = process.tid();
+/// Takes hold of a process, unless it is one that is never touched: the first process of the host, this one and those that it
+/// comes from, threads of the kernel.
+pub(crate) fn hold(pid: u32) -> anyhow::Result<Thread> {
     anyhow::ensure!(pid != 1, "the first process of the host is never touched");
     let mut own = std::process::id();
     while own > 1 {
         anyhow::ensure!(pid != own, "this command itself, and what it was started by, are never touched");
         own = Thread::hold(own)?.status()?.parent;
     }
-    let status = process.status()?;
+    let status = Thread::hold(pid)?.status()?;
     anyhow::ensure!(status.process == pid, "this is a thread of process {}: name that one", status.process);
-    match std::fs::read_link(format!("/proc/{pid}/exe")) {
-        // A process that has ended, and waits for its parent, has no program either.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !process.has_memory()? => {
-            anyhow::bail!("it is a thread of the kernel, or has ended")
-        }
-        Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO).into()),
-        Ok(_) => Ok(()),
+    match Thread::hold_living(pid) {
+        Err(Errno::SRCH) => anyhow::bail!("it is a thread of the kernel, or has ended"),
+        process => Ok(process?),
     }
 }

@@ -186,3 +186,10 @@ pub(crate) fn list(path: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(path).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
+
+/// The mount on which `path` lies.
+pub(crate) fn mount_of(path: &Path) -> String {
+    let out = Command::new("findmnt").args(["-n", "-o", "TARGET", "--target"]).arg(path).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
