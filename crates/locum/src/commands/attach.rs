@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use locum_keeper::{RuntimeDir, client};
@@ -48,14 +49,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
     })?;
     let keeper = Thread::hold(status.keeper.pid).context("the keeper is gone")?;
-    let mut work = Work { args, runtime_dir, keeper, seen: HashSet::new(), attached: 0, refused: 0 };
+    let mut work = Work { args, runtime_dir, keeper, seen: HashSet::new(), attached: Vec::new(), refused: 0 };
     if args.named.lost {
         let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
         for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
             let processes = Processes::Both { first: lost.process, container: lost.container.clone() };
-            let before = work.attached;
             work.all(&processes, &lost.policy, Some(&lost.key))?;
-            if work.attached > before {
+            if work.attached.contains(&lost.process) {
                 // The workload has another session now.
                 std::fs::remove_dir_all(&lost.folder)
                     .with_context(|| format!("cannot remove {}", lost.folder.display()))?;
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         work.all(&processes, &args.policy, None)?;
         anyhow::ensure!(!work.seen.is_empty(), "wanted a running process, found none");
     }
-    println!("{} attached, {} left as they are", work.attached, work.refused);
+    println!("{} attached, {} left as they are", work.attached.len(), work.refused);
     Ok(ExitCode::from(u8::from(work.refused > 0)))
 }
 
@@ -85,12 +85,15 @@ fn calls(policy: &str) -> Vec<(&'static str, i32)> {
     arch::CALLS.iter().copied().filter(|(name, _)| wanted(name)).collect()
 }
 
+/// How long what keeps a lost listener's place is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 struct Work<'a> {
     args: &'a Args,
     runtime_dir: RuntimeDir,
     keeper: Thread,
     seen: HashSet<u32>,
-    attached: u32,
+    attached: Vec<u32>,
     refused: u32,
 }
 
@@ -132,7 +135,9 @@ impl Work<'_> {
             for pid in new {
                 match self.one(pid, &workload) {
                     Ok(done) => {
-                        self.attached += u32::from(matches!(done, Done::Attached | Done::TakenBack));
+                        if matches!(done, Done::Attached | Done::TakenBack) {
+                            self.attached.push(pid);
+                        }
                         println!("process {pid}: {}", done.as_str());
                     }
                     // It has ended meanwhile.
@@ -166,18 +171,26 @@ impl Work<'_> {
             hand_over::prepare(&process).map_err(Refusal::from)?;
             return Ok(Done::Would("would get a filter of its own, if its filters let it"));
         }
-        let calls = calls(workload.policy);
+        let (calls, start) = (calls(workload.policy), Instant::now());
         let numbers: Vec<i32> = calls.iter().map(|(_, nr)| *nr).collect();
-        match attach::attach(&process, &Filter::notify(&numbers), &calls, !has_promise) {
-            Ok(attached) => {
-                // Before the process goes on and closes its own copy: from then on somebody else holds it.
-                self.deliver(&process, &attached.listener, workload)?;
-                attached.without_copy()?;
-                Ok(Done::Attached)
-            }
-            // Its parent was attached before it was started, or a runtime's profile is in force.
-            Err(Refusal::Busy) => Ok(Done::Served),
-            Err(refusal) => Err(refusal.into()),
+        let filter = Filter::notify(&numbers);
+        loop {
+            return match attach::attach(&process, &filter, &calls, !has_promise) {
+                Ok(attached) => {
+                    // Before the process goes on and closes its own copy: from then on somebody else holds it.
+                    self.deliver(&process, &attached.listener, workload)?;
+                    attached.without_copy()?;
+                    Ok(Done::Attached)
+                }
+                // Whoever had the one that is lost may not be all gone yet.
+                Err(Refusal::Busy) if self.args.named.lost && start.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                    continue;
+                }
+                // Its parent was attached before it was started, or a runtime's profile is in force.
+                Err(Refusal::Busy) => Ok(Done::Served),
+                Err(refusal) => Err(refusal.into()),
+            };
         }
     }
 
