@@ -9,7 +9,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-use common::{Ground, Process, USER, is_alive, list, locum, until};
+use common::{Ground, Process, USER, is_alive, lifelines, list, locum, until};
 use rustix::process::{Pid, Signal};
 
 /// `locum run` with a keeper and a monitor of its own.
@@ -67,22 +67,6 @@ fn errors_say_what_was_wanted() {
     assert_eq!(locum(&["run"]).output().unwrap().status.code(), Some(2));
 }
 
-/// The numbers under which any process below `pid` holds a listener, and whether each is close-on-exec.
-fn lifelines(pid: u32) -> Vec<bool> {
-    let mut found = Vec::new();
-    for pid in common::children(pid) {
-        for fd in list(format!("/proc/{pid}/fd").as_ref()) {
-            let target = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
-            if target.is_ok_and(|target| target.as_os_str() == "anon_inode:seccomp notify") {
-                let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap();
-                let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
-                found.push(u32::from_str_radix(flags, 8).unwrap() & 0o2_000_000 != 0);
-            }
-        }
-    }
-    found
-}
-
 /// A workload has one lifeline, close-on-exec, unless its policy refuses it.
 #[test]
 fn a_policy_can_refuse_the_lifeline() {
@@ -96,7 +80,8 @@ fn a_policy_can_refuse_the_lifeline() {
         let _monitor = ground.start(&["monitor", "--keys", keys.to_str().unwrap(), "--policy", policy]);
         let mut traffic = ground.traffic(&["--policy", policy], &["--threads", "2", "--seconds", "60"]);
         until("calls", || traffic.number("calls") > 100);
-        assert_eq!(lifelines(traffic.run.pid()), wanted, "{line}: {}", ground.log_tail());
+        let found: Vec<bool> = lifelines(traffic.run.pid()).iter().map(|held| held.2).collect();
+        assert_eq!(found, wanted, "{line}: {}", ground.log_tail());
         traffic.run.kill();
     }
 }

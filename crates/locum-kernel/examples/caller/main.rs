@@ -8,6 +8,7 @@ mod bare;
 mod intact;
 mod name;
 mod open;
+mod shed;
 mod state;
 
 use bare::Ground;
@@ -29,6 +30,7 @@ fn main() {
             };
             intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
         }
+        "shed" => shed::run(&ground, &rest[0], rest.get(1).map_or(0, |failed| failed.parse().unwrap())),
         "state" => state::run(Box::leak(Box::new(ground)), &rest[0]),
         "permission" => open::permissions_of(&ground),
         attack => attack::run(attack, &ground, rest),

@@ -169,9 +169,12 @@ impl Traffic {
 /// The children of `pid`, whichever of its threads started them.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let tasks = PathBuf::from(format!("/proc/{pid}/task"));
-    let threads = if tasks.exists() { list(&tasks) } else { Vec::new() };
-    let of_thread = |tid| std::fs::read_to_string(tasks.join(tid).join("children")).unwrap_or_default();
-    let text: Vec<_> = threads.iter().map(of_thread).collect();
+    // It may end at any moment.
+    let threads = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+    let of_thread = |thread: std::fs::DirEntry| {
+        std::fs::read_to_string(thread.path().join("children")).unwrap_or_default()
+    };
+    let text: Vec<_> = threads.map(of_thread).collect();
     text.iter().flat_map(|text| text.split_whitespace()).map(|pid| pid.parse().unwrap()).collect()
 }
 
@@ -192,4 +195,26 @@ pub(crate) fn mount_of(path: &Path) -> String {
     let out = Command::new("findmnt").args(["-n", "-o", "TARGET", "--target"]).arg(path).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
+
+/// Every process below `pid` that holds a listener, the number there, and whether it is closed on exec.
+pub(crate) fn lifelines(pid: u32) -> Vec<(u32, String, bool)> {
+    let (mut found, mut below) = (Vec::new(), children(pid));
+    while let Some(pid) = below.pop() {
+        below.extend(children(pid));
+        let table = format!("/proc/{pid}/fd");
+        // It may end meanwhile, or close what was there.
+        let entries = std::fs::read_dir(&table).into_iter().flatten().flatten();
+        for fd in entries.map(|entry| entry.file_name().into_string().unwrap()) {
+            let target = std::fs::read_link(format!("{table}/{fd}"));
+            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            if let Some(flags) = flags
+                && target.is_ok_and(|target| target.as_os_str() == "anon_inode:seccomp notify")
+            {
+                found.push((pid, fd, u32::from_str_radix(flags.trim(), 8).unwrap() & 0o2_000_000 != 0));
+            }
+        }
+    }
+    found
 }
