@@ -34,6 +34,8 @@ fn shed(kind: &str) {
             is_another
         });
     };
+    // Before it becomes the workload, the process holds the listener too.
+    until("calls", || ground.status()["sessions"][0]["calls"].as_u64() > Some(0));
     another(&run);
     for _ in 0..20 {
         run.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
