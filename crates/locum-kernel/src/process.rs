@@ -376,6 +376,9 @@ pub struct Status {
     pub no_new_privs: bool,
     /// Whether nothing the thread may do can change `ids`: no capability, no_new_privs, equal user and group ids.
     pub ids_fixed: bool,
+    /// Whether its capability bounding set is empty. Who gives up capabilities keeps that set, unless CAP_SETPCAP was used to
+    /// empty it: without, neither this thread nor what it started has had any since the program was executed.
+    pub is_bounded: bool,
 }
 
 impl Status {
@@ -404,6 +407,7 @@ impl Status {
             effective_user: *effective_user,
             no_new_privs,
             ids_fixed,
+            is_bounded: field("CapBnd").is_some_and(is_zero),
         })
     }
 }
@@ -503,5 +507,10 @@ mod tests {
         let ids = Status::parse(&text("1\t2\t3\t4", "0", "1")).unwrap();
         assert_eq!((ids.effective_user, ids.ids), (2, Ids { user: 4, group: 5, groups: vec![5, 6] }));
         assert_eq!(Status::parse("Tgid:\t1\n"), None);
+        let bounded = |set: &str| {
+            let text = format!("{}CapBnd:\t{set}\n", text("9\t9\t9\t9", "0", "1"));
+            Status::parse(&text).unwrap().is_bounded
+        };
+        assert!(bounded("0000000000000000") && !bounded("00000000000000c0"));
     }
 }

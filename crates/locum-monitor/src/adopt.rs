@@ -55,7 +55,8 @@ pub(crate) fn adopt(shared: &Arc<Shared>, delivery: Delivery, listener: Listener
     if lock(&session.served).contains_key(&delivery.listener.0) {
         return;
     }
-    let served = Arc::new(Served::new(delivery, listener, parks));
+    let first = State::parse(&delivery.state).ok().and_then(|state| hold(&delivery, state.own_process()?));
+    let served = Arc::new(Served::new(delivery, listener, first, parks));
     lock(&session.served).insert(served.id(), Arc::clone(&served));
     recovery::adopt(&session, &served);
     worker::start(&session, &served, None);
@@ -107,7 +108,7 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
     if !policy.permits_peer(uid) {
         return Err(Denied::Peer { uid, policy: policy.name.clone(), peers: policy.peers.clone() });
     }
-    let first = first_process(delivery, &state);
+    let first = state.first_process().and_then(|pid| hold(delivery, pid));
     let path = shared.folder(id).join("record.json");
     let key_of = |text: &str| {
         text.parse::<KeyId>()
@@ -155,10 +156,10 @@ fn find_policy(shared: &Shared, name: &str) -> Result<Policy, Denied> {
     parsed.into_iter().find(|policy| policy.name == name).ok_or_else(|| Denied::NoPolicy(name.to_owned()))
 }
 
-/// The workload's first process as the runtime names it, if that may be believed: root's word is; a rootless user's only
-/// for a process of its own, or in a user namespace that it owns.
-fn first_process(delivery: &Delivery, state: &State) -> Option<Thread> {
-    let process = Thread::hold(state.first_process()?).ok()?;
+/// A process that the runtime names, if that may be believed: root's word is; a rootless user's only for a process of its
+/// own, or in a user namespace that it owns.
+fn hold(delivery: &Delivery, pid: u32) -> Option<Thread> {
+    let process = Thread::hold(pid).ok()?;
     let believed = match delivery.door {
         Door::Root => true,
         Door::User(_) => {

@@ -2,8 +2,10 @@
 //! monitor takes the listener back from there.
 //!
 //! Whoever holds a listener can answer the calls of every process under its filter. So a lifeline is put only into a process
-//! that has the ids of the workload's first process, and only if neither can ever change them: then no process under the
-//! filter has more rights than the holder, nor can the holder's children ever have fewer.
+//! that has the ids of the process with which the filter began, and only if neither could ever change them: then no process
+//! under the filter has more rights than the holder, nor can the holder's children ever have fewer. That they cannot now is not
+//! enough: a first process may have left others behind before it gave its rights up. But what gives them up keeps its
+//! bounding set.
 
 use std::fs;
 use std::os::fd::{AsFd as _, RawFd};
@@ -15,7 +17,7 @@ use locum_keeper::client::Connection;
 use locum_keeper::protocol::{Delivery, ListenerId, SessionId};
 use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, Notification};
-use locum_kernel::process::Thread;
+use locum_kernel::process::{Status, Thread};
 use serde::{Deserialize, Serialize};
 
 use crate::caller::Caller;
@@ -48,8 +50,10 @@ struct Held {
 }
 
 /// The lifeline of one listener.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Lifeline {
+    /// The process with which the filter began, if the runtime named one that may be believed.
+    first: Option<Thread>,
     /// When it was last looked at, in milliseconds since boot.
     looked: AtomicU64,
     holder: Mutex<Option<(Thread, RawFd)>>,
@@ -58,9 +62,11 @@ pub(crate) struct Lifeline {
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
 enum Without {
-    #[error("the runtime named no first process that may be believed")]
+    #[error("the runtime named no first process of this filter that may be believed")]
     NoFirst,
-    #[error("the caller, or the workload's first process, can change its ids, or they differ")]
+    #[error(
+        "the caller, or the filter's first process, can change its ids or may once have been able to, or they differ"
+    )]
     Ids,
     #[error("no number is free between {0} and {1}")]
     NoNumber(RawFd, RawFd),
@@ -71,6 +77,10 @@ enum Without {
 }
 
 impl Lifeline {
+    pub(crate) fn new(first: Option<Thread>) -> Self {
+        Self { first, looked: AtomicU64::new(0), holder: Mutex::default() }
+    }
+
     /// Sees to it that the workload of `caller`, which waits for `call`, holds a copy of the listener.
     pub(crate) fn keep(&self, session: &Session, served: &Served, call: &Notification, caller: &Caller) {
         let now = now_ms();
@@ -83,9 +93,9 @@ impl Lifeline {
             Err(TryLockError::WouldBlock) => return,
         };
         let is_first_look = self.looked.swap(now, Ordering::Relaxed) == 0;
-        let Some(granted) = session.granted.as_ref().filter(|granted| granted.policy.lifeline) else {
+        if !session.granted.as_ref().is_some_and(|granted| granted.policy.lifeline) {
             return;
-        };
+        }
         if is_first_look {
             // One that a former monitor put there.
             *holder = read(&path(&session.shared, &session.id, served.delivery.listener))
@@ -96,7 +106,7 @@ impl Lifeline {
         if holder.as_ref().is_some_and(|(thread, number)| thread.has(*number, ours) == Ok(true)) {
             return;
         }
-        let first = granted.first.as_ref().ok_or(Without::NoFirst);
+        let first = self.first.as_ref().ok_or(Without::NoFirst);
         match first.and_then(|first| put(session, served, call, caller, first)) {
             Ok(put) => *holder = Some(put),
             Err(why) if is_first_look => {
@@ -119,7 +129,8 @@ fn put(
     first: &Thread,
 ) -> Result<(Thread, RawFd), Without> {
     let (own, its) = (first.status()?, caller.thread.status()?);
-    if !own.ids_fixed || !its.ids_fixed || own.ids != its.ids {
+    let is_fixed = |status: &Status| status.ids_fixed && status.is_bounded;
+    if !is_fixed(&own) || !is_fixed(&its) || own.ids != its.ids {
         return Err(Without::Ids);
     }
     // Its leader outlives it as an entry in /proc, so it is the process that is written down.

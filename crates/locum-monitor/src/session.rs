@@ -270,7 +270,13 @@ impl Session {
 }
 
 impl Served {
-    pub(crate) fn new(delivery: Delivery, listener: Listener, parks: Vec<client::Park>) -> Self {
+    /// `first` is the process with which its filter began, if that is known.
+    pub(crate) fn new(
+        delivery: Delivery,
+        listener: Listener,
+        first: Option<Thread>,
+        parks: Vec<client::Park>,
+    ) -> Self {
         // Not on kernels before 6.6, where answers are slower and nothing else differs.
         let _ = listener.wake_synchronously();
         let parks =
@@ -284,7 +290,7 @@ impl Served {
             has_reserve: AtomicBool::new(false),
             grown: AtomicU64::new(0),
             watches: Mutex::default(),
-            lifeline: Lifeline::default(),
+            lifeline: Lifeline::new(first),
             parks: Mutex::new(parks),
         }
     }

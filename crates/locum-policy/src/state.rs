@@ -80,6 +80,12 @@ impl State {
     pub fn first_process(&self) -> Option<u32> {
         [self.pid, self.process].into_iter().find(|pid| *pid != 0)
     }
+
+    /// The process with which the listener's filter began: what is `exec`uted in a container has one of its own. `None` if the
+    /// runtime does not say.
+    pub fn own_process(&self) -> Option<u32> {
+        Some(self.process).filter(|pid| *pid != 0)
+    }
 }
 
 /// What a profile's `listenerMetadata` says: `policy=NAME`, and `key=ID` where a migrated workload's key is named.
@@ -131,13 +137,15 @@ mod tests {
                     \"state\": { \"ociVersion\": \"0.2.0\", \"id\": \"c1\", \"status\": \"creating\", \"pid\": 4664, \"bundle\": \"/b\" } }\n";
         let state = State::parse(crun).unwrap();
         assert_eq!((state.container.as_str(), state.first_process()), ("c1", Some(4664)));
+        assert_eq!(state.own_process(), Some(4664));
         let runc_exec = r#"{"ociVersion":"1.0.2-dev","fds":["seccompFd"],"pid":9,"metadata":"m","state":{"ociVersion":"1.0.2-dev","id":"c1","status":"running","pid":7,"bundle":"/b","annotations":{"a":"b"}}}"#;
         let state = State::parse(runc_exec).unwrap();
         assert_eq!((state.first_process(), state.annotations["a"].as_str()), (Some(7), "b"));
+        assert_eq!(state.own_process(), Some(9));
         let crun_exec =
             r#"{"fds":["seccompFd"],"pid":0,"state":{"id":"c1","status":"running","pid":0,"bundle":"."}}"#;
         let state = State::parse(crun_exec).unwrap();
-        assert_eq!((state.first_process(), state.metadata), (None, None));
+        assert_eq!((state.first_process(), state.own_process(), state.metadata), (None, None, None));
     }
 
     #[test]

@@ -16,7 +16,10 @@ use crate::components::{self, run};
 const ROOTLESS: &str = "locum-test";
 
 /// The user in each container.
-const INSIDE: u32 = 1000;
+pub(crate) const INSIDE: u32 = 1000;
+
+/// What a root that may become somebody else has.
+const CHANGES_IDS: [&str; 2] = ["CAP_SETUID", "CAP_SETGID"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Runtime {
@@ -97,6 +100,11 @@ impl Site {
 
     /// Starts a container with a shell script in it. Its standard input is the container's.
     pub(crate) fn start(&self, script: &str) -> Container<'_> {
+        self.start_as(INSIDE, script)
+    }
+
+    /// The same as another user; root may change its ids. Not for podman.
+    pub(crate) fn start_as(&self, user: u32, script: &str) -> Container<'_> {
         // runc names a control group of this machine by it.
         let folder = self.folder.path().file_name().unwrap().to_string_lossy();
         let name = &format!("locum{folder}");
@@ -105,7 +113,7 @@ impl Site {
             Runtime::Crun | Runtime::Runc => {
                 let bundle = self.at(name);
                 fs::create_dir(&bundle).unwrap();
-                fs::write(bundle.join("config.json"), self.configuration(script).to_string()).unwrap();
+                fs::write(bundle.join("config.json"), self.configuration(user, script).to_string()).unwrap();
                 command.arg("run").arg("--bundle").arg(bundle).arg(name);
             }
             Runtime::Podman => {
@@ -155,20 +163,22 @@ impl Site {
         command
     }
 
-    /// Without capabilities, without new privileges.
-    fn configuration(&self, script: &str) -> Value {
+    /// Without new privileges, and without capabilities unless it is for root.
+    fn configuration(&self, user: u32, script: &str) -> Value {
+        let rights: &[&str] = if user == 0 { &CHANGES_IDS } else { &[] };
         let seccomp: Value = serde_json::from_slice(&fs::read(self.at("seccomp.json")).unwrap()).unwrap();
         let bind = |name: &str| json!({"destination": format!("/{name}"), "type": "bind", "source": self.at(name), "options": ["rbind", "rw"]});
         json!({
             "ociVersion": "1.0.2",
             "process": {
                 "terminal": false,
-                "user": {"uid": INSIDE, "gid": INSIDE},
+                // Groups as `su` gives them.
+                "user": {"uid": user, "gid": user, "additionalGids": [user]},
                 "args": ["/bin/sh", "-c", script],
                 "env": ["PATH=/bin"],
                 "cwd": "/",
                 "noNewPrivileges": true,
-                "capabilities": {"bounding": [], "effective": [], "inheritable": [], "permitted": [], "ambient": []},
+                "capabilities": {"bounding": rights, "effective": rights, "inheritable": [], "permitted": rights, "ambient": []},
             },
             "root": {"path": self.at("root"), "readonly": true},
             "hostname": "locum-test",
@@ -205,10 +215,22 @@ pub(crate) struct Container<'a> {
 }
 
 impl Container<'_> {
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// One more command in it.
     pub(crate) fn exec(&self, args: &[&str]) -> Command {
+        self.exec_as(INSIDE, args)
+    }
+
+    /// The same as another user; root may change its ids.
+    pub(crate) fn exec_as(&self, user: u32, args: &[&str]) -> Command {
         let mut command = self.site.command();
-        command.args(["exec", "--user", &format!("{INSIDE}:{INSIDE}")]);
+        command.args(["exec", "--user", &format!("{user}:{user}")]);
+        if user == 0 {
+            command.args(CHANGES_IDS.iter().flat_map(|right| ["--cap", right]));
+        }
         if self.site.runtime != Runtime::Podman {
             // podman takes it from the container.
             command.arg("--no-new-privs");

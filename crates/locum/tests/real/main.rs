@@ -6,6 +6,7 @@ mod common;
 mod components;
 mod container;
 mod guest;
+mod lesser;
 mod listeners;
 mod machine;
 mod service;

@@ -127,10 +127,14 @@ o_path = "fast"
         Counted::of(&self.status())
     }
 
+    /// All that keepers and monitors said.
+    pub(crate) fn said(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.at("log")).unwrap()).into_owned()
+    }
+
     /// What keepers and monitors complained of, for whoever has to find out why a test failed.
     fn complaints(&self) -> String {
-        let said = fs::read(self.at("log")).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
+        let said = self.said();
         // Forged handles are part of the traffic, and kills of the test.
         let expected =
             |line: &str| [" INFO ", " refused: ", "SIGKILL"].iter().any(|word| line.contains(word));
