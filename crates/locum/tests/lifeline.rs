@@ -23,23 +23,13 @@ fn shed(kind: &str) {
         locum(&["run", "--runtime-dir", ground.path(), "--export", files, "--user", &USER.to_string()]);
     run.arg("--").arg(&program).args(["as-is", "shed", files, kind]);
     let mut run = Process(run.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
-    let mut last = Vec::new();
-    let mut another = |run: &Process| {
-        until("another lifeline", || {
-            let now = lifelines(run.pid());
-            let is_another = now.len() == 1 && now != last;
-            if is_another {
-                last = now;
-            }
-            is_another
-        });
-    };
-    // Before it becomes the workload, the process holds the listener too.
-    until("calls", || ground.status()["sessions"][0]["calls"].as_u64() > Some(0));
-    another(&run);
-    for _ in 0..20 {
+    // Numbers are random: another lifeline may have the same.
+    let put = || std::fs::read_to_string(&ground.log).unwrap().matches("a lifeline was put").count();
+    for round in 0..20 {
+        until("another lifeline", || put() == round + 1);
+        assert_eq!(lifelines(run.pid()).len(), 1, "{}", ground.log_tail());
         run.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-        another(&run);
+        until("another lifeline", || put() == round + 2);
         keeper.kill();
         monitor.kill();
         (keeper, monitor) = (ground.keeper(), ground.monitor());
