@@ -73,7 +73,19 @@ enum Without {
     #[error("its record: {0}")]
     Record(#[from] std::io::Error),
     #[error(transparent)]
+    Foreign(#[from] Foreign),
+    #[error(transparent)]
     Kernel(#[from] Errno),
+}
+
+/// What stands on disk is not what this release writes there.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{path} is not a lifeline's record of version {VERSION} for this session: {found}; it was left untouched"
+)]
+struct Foreign {
+    path: PathBuf,
+    found: String,
 }
 
 impl Lifeline {
@@ -98,8 +110,9 @@ impl Lifeline {
         }
         if is_first_look {
             // One that a former monitor put there.
-            *holder = read(&path(&session.shared, &session.id, served.delivery.listener))
-                .and_then(|held| Some((Thread::hold(held.process.pid).ok()?, held.descriptor)));
+            let path = path(&session.shared, &session.id, served.delivery.listener);
+            let held = read(&path, &session.id).ok().flatten();
+            *holder = held.and_then(|held| Some((Thread::hold(held.process.pid).ok()?, held.descriptor)));
         }
         let ours = served.listener.as_fd();
         // What is found there is the listener, whoever has the process's id by now.
@@ -133,6 +146,8 @@ fn put(
     if !is_fixed(&own) || !is_fixed(&its) || own.ids != its.ids {
         return Err(Without::Ids);
     }
+    let path = path(&session.shared, &session.id, served.delivery.listener);
+    read(&path, &session.id)?;
     // Its leader outlives it as an entry in /proc, so it is the process that is written down.
     let process = Thread::hold(its.process)?;
     let number = free_number(&caller.thread)?;
@@ -143,7 +158,7 @@ fn put(
         process: Process { pid: its.process, start_time: process.start_time()? },
         descriptor: number,
     };
-    write_whole(&held, &path(&session.shared, &session.id, served.delivery.listener))?;
+    write_whole(&held, &path)?;
     served.listener.add_descriptor_at(call.id, served.listener.as_fd(), number)?;
     tracing::info!(session = session.id, pid = its.process, descriptor = number, "a lifeline was put");
     Ok((process, number))
@@ -172,20 +187,22 @@ fn path(shared: &Shared, session: &str, listener: ListenerId) -> PathBuf {
     shared.folder(session).join(format!("{listener}.lifeline"))
 }
 
-/// What is written down, if it can be understood. Whatever cannot is left untouched.
-fn read(path: &Path) -> Option<Held> {
-    let text = fs::read(path).ok()?;
-    match serde_json::from_slice::<Held>(&text) {
-        Ok(held) if held.version == VERSION => Some(held),
-        Ok(held) => {
-            tracing::error!("{}: wanted version {VERSION}, found {}", path.display(), held.version);
-            None
-        }
-        Err(error) => {
-            tracing::error!("{} is no lifeline's record: {error}", path.display());
-            None
-        }
+/// What is written down at `path` for `session`, if anything is.
+fn read(path: &Path, session: &str) -> Result<Option<Held>, Foreign> {
+    #[derive(Deserialize)]
+    struct Head {
+        version: u32,
     }
+    let Ok(text) = fs::read(path) else { return Ok(None) };
+    let foreign = |found: String| Foreign { path: path.to_owned(), found };
+    let Head { version } = serde_json::from_slice(&text).map_err(|error| foreign(error.to_string()))?;
+    if version != VERSION {
+        return Err(foreign(format!("its version is {version}")));
+    }
+    let held: Held = serde_json::from_slice(&text).map_err(|error| foreign(error.to_string()))?;
+    // The folder's name is the session's; a record that says otherwise was not written by us.
+    let named = held.delivery.session.to_string();
+    if named == session { Ok(Some(held)) } else { Err(foreign(format!("it names the session {named}"))) }
 }
 
 /// Forgets the lifeline of a listener that has ended.
@@ -205,14 +222,16 @@ pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[
             lock(&shared.sessions).contains_key(&id) || known.iter().any(|known| known.to_string() == id);
         let Some(files) = (!is_known).then(|| fs::read_dir(folder.path()).ok()).flatten() else { continue };
         let paths = files.flatten().map(|file| file.path());
-        for held in paths
-            .filter(|path| path.extension().is_some_and(|end| end == "lifeline"))
-            .filter_map(|path| read(&path))
-        {
-            // The folder's name is the session's; a record that says otherwise was not written by us.
-            if held.boot != shared.boot || held.delivery.session.to_string() != id {
-                continue;
-            }
+        for path in paths.filter(|path| path.extension().is_some_and(|end| end == "lifeline")) {
+            let held = match read(&path, &id) {
+                // Nothing of another boot lives.
+                Ok(held) => held.filter(|held| held.boot == shared.boot),
+                Err(foreign) => {
+                    tracing::error!(session = id, "{foreign}");
+                    None
+                }
+            };
+            let Some(held) = held else { continue };
             match listener_of(&held) {
                 Ok(listener) => {
                     tracing::info!(
@@ -226,7 +245,8 @@ pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[
                 Err(error) => tracing::warn!(
                     session = id,
                     pid = held.process.pid,
-                    "the listener cannot be taken back from the workload: {error}"
+                    "{}: the listener cannot be taken back from the workload: {error}",
+                    path.display()
                 ),
             }
         }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use common::{Ground, Process, USER, lifelines, locum, until};
+use serde_json::Value;
 
 /// A workload that gets rid of its lifeline in the way `kind` whenever it is told to; each time another one is there soon, good
 /// enough to survive the loss of everything.
@@ -65,45 +66,76 @@ fn what_is_on_disk_is_not_believed() {
     until("calls", || traffic.number("calls") > 100);
     let sessions = ground.runtime.path().join("sessions");
     let own = sessions.join(ground.status()["sessions"][0]["id"].as_str().unwrap());
-    let file = |end: &str| {
-        let found = common::list(&own).into_iter().find(|name| name.ends_with(end));
-        own.join(found.unwrap_or_else(|| panic!("no {end}")))
-    };
-    let good = std::fs::read_to_string(file("lifeline")).unwrap();
+    let file = common::list(&own).into_iter().find(|name| name.ends_with(".lifeline")).unwrap();
+    let good: Value = serde_json::from_slice(&std::fs::read(own.join(&file)).unwrap()).unwrap();
     keeper.kill();
     monitor.kill();
-    let stranger = std::process::id().to_string();
-    let change = |from: &str, to: &str| {
-        assert!(good.contains(from), "{from} in {good}");
-        good.replacen(from, to, 1)
+    let with = |place: &str, value: Value| {
+        let mut changed = good.clone();
+        *changed.pointer_mut(place).unwrap() = value;
+        changed.to_string()
     };
-    let value = |name: &str| {
-        let line = good.lines().find(|line| line.contains(&format!("{name:?}:"))).unwrap();
-        line.trim().trim_end_matches(',').to_owned()
-    };
+    let form = " is not a lifeline's record of version 1 for this session: ";
+    let (version, name) = (format!("{form}its version is 99"), format!("{form}it names the session "));
+    let gone = ": the listener cannot be taken back from the workload: ";
+    // Each with what is said of it where it names the right session; nothing of what is of another boot.
     let bad = [
-        ("garbage", "not at all".to_owned()),
-        ("empty", String::new()),
-        ("newer", change(&value("version"), "\"version\": 99")),
-        ("boot", change(&value("boot"), "\"boot\": \"another\"")),
-        ("stranger", change(&value("pid"), &format!("\"pid\": {stranger}"))),
-        ("number", change(&value("descriptor"), "\"descriptor\": 0")),
-        ("negative", change(&value("descriptor"), "\"descriptor\": -1")),
+        ("garbage", "not at all".to_owned(), Some(form)),
+        ("empty", String::new(), Some(form)),
+        ("newer", r#"{"version": 99, "more": 1}"#.to_owned(), Some(&version[..])),
+        ("name", with("/delivery/session", "another-01234567".into()), Some(&name)),
+        ("boot", with("/boot", "another".into()), None),
+        ("stranger", with("/process/pid", std::process::id().into()), Some(gone)),
+        ("number", with("/descriptor", 0.into()), Some(gone)),
+        ("negative", with("/descriptor", (-1).into()), Some(gone)),
     ];
-    for (name, text) in &bad {
+    let places = bad.each_ref().map(|(name, text, _)| {
         let folder = sessions.join(name);
         std::fs::create_dir(&folder).unwrap();
-        std::fs::write(folder.join("0000000000000001.lifeline"), text).unwrap();
-        // One that names the right session, and lies about the rest, beside the good one.
-        std::fs::write(own.join(format!("{name}.lifeline")), text).unwrap();
-    }
+        // In a folder of its own it names another session; beside the good one it lies about the rest.
+        let places = [folder.join(&file), own.join(format!("{name}.lifeline"))];
+        for place in &places {
+            std::fs::write(place, text).unwrap();
+        }
+        places
+    });
     (keeper, monitor) = (ground.keeper(), ground.monitor());
     let before = traffic.number("calls");
     until("calls after the loss", || traffic.number("calls") > before + 100);
     assert_eq!((traffic.number("failed"), traffic.number("wrong")), (0, 0), "{}", ground.log_tail());
-    for (name, text) in bad {
-        let left = std::fs::read_to_string(sessions.join(name).join("0000000000000001.lifeline")).unwrap();
-        assert_eq!(left, text, "{name} was touched");
+    let log = std::fs::read_to_string(&ground.log).unwrap();
+    assert!(!log.contains("panicked"), "{log}");
+    for ((name, text, said), places) in bad.iter().zip(&places) {
+        let is_said = said.is_none_or(|said| log.contains(&format!("{}{said}", places[1].display())));
+        assert!(is_said, "nothing is said of {name}: {}", ground.log_tail());
+        for place in places {
+            assert_eq!(std::fs::read_to_string(place).unwrap(), *text, "{} was touched", place.display());
+        }
     }
     drop((traffic, monitor, keeper));
+}
+
+/// Of another release, it stays what it is while its session is served, although there is no lifeline then.
+#[test]
+fn a_newer_record_is_left_untouched() {
+    let ground = Ground::new();
+    let (_keeper, mut monitor) = (ground.keeper(), ground.monitor());
+    let traffic = ground.traffic(&[], &["--threads", "2", "--seconds", "60"]);
+    until("calls", || traffic.number("calls") > 100);
+    let own =
+        ground.runtime.path().join("sessions").join(ground.status()["sessions"][0]["id"].as_str().unwrap());
+    let file = common::list(&own).into_iter().find(|name| name.ends_with(".lifeline")).unwrap();
+    monitor.kill();
+    let newer = r#"{"version": 99, "more": 1}"#;
+    std::fs::write(own.join(&file), newer).unwrap();
+    let _monitor = ground.monitor();
+    let said = format!(
+        "no lifeline, if keeper and monitor are lost at once this workload's calls fail: {}",
+        own.join(&file).display()
+    );
+    until("a word about it", || std::fs::read_to_string(&ground.log).unwrap().contains(&said));
+    let before = traffic.number("calls");
+    until("calls", || traffic.number("calls") > before + 100);
+    assert_eq!(std::fs::read_to_string(own.join(&file)).unwrap(), newer);
+    assert_eq!((traffic.number("failed"), traffic.number("wrong")), (0, 0), "{}", ground.log_tail());
 }
