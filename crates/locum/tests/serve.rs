@@ -19,11 +19,22 @@ struct Serve {
 impl Serve {
     fn start() -> Self {
         let ground = Ground::new();
-        let mut child = Self::command(&ground).stdout(Stdio::piped()).spawn().unwrap();
+        Self { serve: Self::ready(&ground), ground }
+    }
+
+    fn ready(ground: &Ground) -> Process {
+        let mut child = Self::command(ground).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, format!("serving at {}/oci.sock\n", ground.path()));
-        Self { ground, serve: Process(child) }
+        assert_eq!(line, format!("serving at {}/oci.sock\n", ground.path()), "{}", ground.log_tail());
+        Process(child)
+    }
+
+    /// Kills it, and waits until keeper and monitor have followed.
+    fn kill(&mut self) {
+        let children = [self.pid("keeper").unwrap(), self.pid("monitor").unwrap()];
+        self.serve.kill();
+        until("keeper and monitor to follow", || !children.into_iter().any(is_alive));
     }
 
     fn command(ground: &Ground) -> Command {
@@ -92,15 +103,34 @@ fn it_ends_in_order_and_takes_its_sockets_along() {
 #[test]
 fn nothing_survives_its_death() {
     let mut serve = Serve::start();
-    let children = [serve.pid("keeper").unwrap(), serve.pid("monitor").unwrap()];
-    serve.serve.kill();
-    until("keeper and monitor to follow", || !children.into_iter().any(is_alive));
+    serve.kill();
     // What it left behind is in nobody's way.
-    let mut again = Serve::command(&serve.ground).stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(again.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.starts_with("serving"), "{line}");
-    drop(Process(again));
+    drop(Serve::ready(&serve.ground));
+}
+
+/// All of locum on a machine is lost again and again, with everything that it holds.
+#[test]
+fn its_death_under_traffic_costs_no_call() {
+    let mut serve = Serve::start();
+    let traffic = serve.ground.traffic(&[], &["--threads", "8", "--seconds", "5"]);
+    let mut deaths = 0;
+    loop {
+        // Before its first calls a workload has no lifeline; what it tells comes ten times a second.
+        let before = traffic.number("calls");
+        until("calls", || traffic.has_ended() || traffic.number("calls") > before);
+        if traffic.has_ended() {
+            break;
+        }
+        serve.kill();
+        serve.serve = Serve::ready(&serve.ground);
+        deaths += 1;
+    }
+    let (status, report) = traffic.finish();
+    let said = || format!("{deaths} deaths, {status}: {report}\n{}", serve.ground.log_tail());
+    assert!(status.success() && report["done"] == true && deaths >= 5, "{}", said());
+    for what in ["wrong", "failed", "leaked"] {
+        assert_eq!(report[what], 0, "{what}: {}", said());
+    }
 }
 
 #[test]
