@@ -29,7 +29,7 @@ fn reference() {
     virtiofsd.arg("--shared-dir").arg(at("share")).arg("--socket-path").arg(at("socket"));
     let mut virtiofsd = Process(virtiofsd.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     until("virtiofsd's socket", || at("socket").exists());
-    let seen = machine::work(folder.path(), &at("socket"));
+    let seen = machine::work(folder.path(), &at("socket"), false);
     assert!(virtiofsd.0.wait().unwrap().success());
     let expected = tree::expected(&at("commands"), &at("tar"));
     tree::assert_same("the guest's tree", &seen, &expected);
@@ -94,7 +94,7 @@ fn served(runtime: Runtime, handles: &str, victim: Victim) {
     let said = || std::fs::read_to_string(site.at("run/said")).unwrap_or_default();
     let (seen, kills, counted) = while_killing(&service, victim, || {
         until("virtiofsd's socket", || site.at("run/socket").exists());
-        machine::work(site.path(), &site.at("run/socket"))
+        machine::work(site.path(), &site.at("run/socket"), true)
     });
     container.finish();
     println!("{runtime:?}, {handles}: {kills} kills, {counted:?}; virtiofsd said: {}", said());

@@ -46,8 +46,9 @@ pub(crate) fn initramfs(folder: &Path, tar: &Path) {
     run(Command::new("sh").args(["-ec", pack]).current_dir(&root));
 }
 
-/// Boots the guest on the share behind `socket` and returns its listing once it has done its work.
-pub(crate) fn work(folder: &Path, socket: &Path) -> Listing {
+/// Boots the guest on the share behind `socket` and returns its listing once it has done its work. It checks that it cannot
+/// read what only the host's root may if its virtiofsd is `unprivileged`.
+pub(crate) fn work(folder: &Path, socket: &Path, unprivileged: bool) -> Listing {
     let (console, listing) = (folder.join("console"), folder.join("listing"));
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
@@ -75,7 +76,8 @@ pub(crate) fn work(folder: &Path, socket: &Path) -> Listing {
     .arg("-initrd")
     .arg(folder.join("initrd"))
     .arg("-append")
-    .arg("console=ttyS0 quiet panic=-1 random.trust_cpu=on");
+    // The kernel hands a parameter that it does not know to init, as an environment variable.
+    .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on unprivileged={unprivileged}"));
     let mut qemu = Process(qemu.stdin(Stdio::null()).spawn().unwrap());
     let ended = ends_within(&qemu, PATIENCE);
     let said = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
