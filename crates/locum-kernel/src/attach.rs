@@ -11,7 +11,7 @@ use crate::Errno;
 use crate::arch::{Gadgets, Installation, State};
 use crate::fault::die_at;
 use crate::filter::Filter;
-use crate::hand_over::{EXTENDED, Unfit, prepare, write};
+use crate::hand_over::{EXTENDED, Unfit, prepare, still_there, write};
 use crate::notify::Listener;
 use crate::process::Thread;
 use crate::ptrace::{Seized, Stop, Stopped};
@@ -38,9 +38,9 @@ pub enum Refusal {
         /// What happens to it.
         action: Action,
     },
-    /// A filter that is there would kill the process half way, should we be killed.
+    /// A filter that is there would leave the process half way, should we be killed.
     #[error(
-        "a filter that it runs under kills for {call}, which it would have to call by itself if this program died now: start it with a profile of `locum profile`"
+        "a filter that it runs under does not let it make {call}, which it would have to call by itself if this program died now: start it with a profile of `locum profile`"
     )]
     Deadly {
         /// The call's name.
@@ -136,6 +136,8 @@ pub fn attach(
             if spares && stopped.registers()?.are_in_remembered_call() {
                 continue;
             }
+            // It may have executed another program before it stopped.
+            let gadgets = if still_there(process, gadgets) { gadgets } else { prepare(process)? };
             return install(process, stopped, gadgets, filter, calls, no_new_privs);
         }
     }
@@ -151,10 +153,13 @@ fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
         (Errno::PERM, _) => Refusal::Rights,
         _ => Refusal::Kernel(error),
     })?;
-    // The thread is this process's if that still lives: its id was read from there.
-    let lives = process.lives();
+    // Its id was read from the process, and may have gone to a thread of another since.
+    let is_its = process.lives()
+        && Thread::hold(tid)
+            .and_then(|thread| thread.status())
+            .is_ok_and(|thread| process.status().is_ok_and(|process| process.process == thread.process));
     match seized.interrupt()?.wait_for(PATIENCE)? {
-        Stop::Caught(stopped) if lives => Ok(Some(stopped)),
+        Stop::Caught(stopped) if is_its => Ok(Some(stopped)),
         Stop::Caught(_) | Stop::Gone => Err(Refusal::Kernel(Errno::SRCH)),
         Stop::Signalled | Stop::Never => Ok(None),
     }
@@ -176,7 +181,9 @@ fn install(
         }
     }
     for (call, nr) in OWN {
-        if of_call(&filters, i32::try_from(nr).unwrap_or(-1)).1 <= Action::Trap {
+        // The others may fail. A return from a handler that fails goes on at what lies behind it.
+        let worst = if nr == libc::SYS_rt_sigreturn { Action::Notify } else { Action::Trap };
+        if of_call(&filters, i32::try_from(nr).unwrap_or(-1)).1 <= worst {
             return Err(Refusal::Deadly { call });
         }
     }

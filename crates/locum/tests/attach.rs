@@ -169,9 +169,15 @@ fn what_cannot_be_attached_is_left_as_it_is() {
     });
     must_be_right(busy);
 
-    for (pid, why) in
-        [("1", "first process"), ("2", "thread of the kernel"), ("4194305", "there is no process")]
-    {
+    // One that could be attached, and comes from each process that may not be named.
+    let bystander = yard.start("reckon");
+    let parent = std::process::id().to_string();
+    for (pid, why) in [
+        (parent.as_str(), "was started by"),
+        ("1", "first process"),
+        ("2", "thread of the kernel"),
+        ("4194305", "there is no process"),
+    ] {
         let mut command = locum(&["attach", "--runtime-dir", yard.ground.path(), "--pid", pid]);
         let out = command.output().unwrap();
         let told = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
@@ -179,6 +185,10 @@ fn what_cannot_be_attached_is_left_as_it_is() {
         let absent = told.contains("there is no process") || told.contains("never touched");
         assert!(!out.status.success() && (told.contains(why) || absent), "{pid}: {told}");
     }
+    let sessions = yard.ground.status();
+    assert_eq!(sessions["sessions"].as_array().unwrap().len(), 0, "{sessions}");
+    let told = must_be_right(bystander);
+    assert_eq!(told["served"], 0, "{told}");
     let mut privileged = Command::new("sleep");
     let privileged = Process(privileged.arg("60").spawn().unwrap());
     let mut command = locum(&["attach", "--runtime-dir", yard.ground.path(), "--pid"]);

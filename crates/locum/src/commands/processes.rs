@@ -44,6 +44,10 @@ impl Processes {
         }
         let first = *named.pid.first().context("wanted a process")?;
         let process = Thread::hold(first).with_context(|| format!("there is no process {first}"))?;
+        for pid in &named.pid {
+            // Of one that is never touched, what it has started is not meant either: of the first process, that is all.
+            hold(*pid).with_context(|| format!("process {pid} cannot be named"))?;
+        }
         Ok(Self::Tree { roots: named.pid.clone(), started: process.start_time()? })
     }
 
