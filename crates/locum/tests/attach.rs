@@ -171,8 +171,9 @@ fn what_cannot_be_attached_is_left_as_it_is() {
 
     // One that could be attached, and comes from each process that may not be named.
     let bystander = yard.start("reckon");
-    let parent = std::process::id().to_string();
+    let (parent, keeper) = (std::process::id().to_string(), yard.keeper.pid().to_string());
     for (pid, why) in [
+        (keeper.as_str(), "keeper or monitor"),
         (parent.as_str(), "was started by"),
         ("1", "first process"),
         ("2", "thread of the kernel"),

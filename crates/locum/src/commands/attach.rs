@@ -49,7 +49,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
     })?;
     let keeper = Thread::hold(status.keeper.pid).context("the keeper is gone")?;
-    let mut work = Work { args, runtime_dir, keeper, seen: HashSet::new(), attached: Vec::new(), refused: 0 };
+    let own = status.monitor.iter().map(|monitor| monitor.pid).chain([status.keeper.pid]).collect();
+    let mut work =
+        Work { args, runtime_dir, keeper, own, seen: HashSet::new(), attached: Vec::new(), refused: 0 };
     if args.named.lost {
         let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
         for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
@@ -92,6 +94,8 @@ struct Work<'a> {
     args: &'a Args,
     runtime_dir: RuntimeDir,
     keeper: Thread,
+    /// The keeper and the monitor.
+    own: Vec<u32>,
     seen: HashSet<u32>,
     attached: Vec<u32>,
     refused: u32,
@@ -152,6 +156,10 @@ impl Work<'_> {
     }
 
     fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
+        anyhow::ensure!(
+            !self.own.contains(&pid),
+            "it is locum's own keeper or monitor, which are never touched"
+        );
         let process = super::processes::hold(pid)?;
         if let Some(listener) = process.find_listener()? {
             if self.keeper.find(listener.as_fd())?.is_some() {
