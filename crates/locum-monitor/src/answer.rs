@@ -57,8 +57,7 @@ impl Post<'_> {
             },
         };
         self.send(call.id, answer);
-        slot.settle();
-        Some(slot)
+        self.let_go(slot, caller)
     }
 
     /// Answers the call `id`. That nobody waits for it any more is no error.
@@ -119,7 +118,7 @@ impl Post<'_> {
                 if let Some(kept) = kept {
                     self.session.keep(kept);
                 }
-                return Some(self.give_up(slot, call, error));
+                return self.give_up(slot, call, caller, error);
             }
         };
         slot.parked();
@@ -147,7 +146,7 @@ impl Post<'_> {
         let call = &left.call;
         let park = match self.served.park(slot.index(), &self.session.shared) {
             Ok(park) => park,
-            Err(error) => return Some(self.give_up(slot, call, error)),
+            Err(error) => return self.give_up(slot, call, caller, error),
         };
         let number = match find(left, caller, &file) {
             Ok(Some(number)) => Ok(number),
@@ -224,11 +223,16 @@ impl Post<'_> {
         None
     }
 
-    pub(crate) fn give_up(&self, slot: Slot, call: &Notification, error: Errno) -> Slot {
+    pub(crate) fn give_up(
+        &self,
+        slot: Slot,
+        call: &Notification,
+        caller: &Caller,
+        error: Errno,
+    ) -> Option<Slot> {
         tracing::error!(session = self.session.id, "cannot park a file: {error}; EIO");
         self.send(call.id, Answer::Error(Errno::IO));
-        slot.settle();
-        slot
+        self.let_go(slot, caller)
     }
 }
 

@@ -82,6 +82,13 @@ impl Stray {
         self.caller.process_lives()
     }
 
+    /// The same, remembered by `slot`, from which a dead monitor put it there.
+    fn remembered_by(self, slot: Slot) -> Self {
+        slot.installed(self.number);
+        slot.undelivered(now_ms());
+        Self { slot: Some(slot), ..self }
+    }
+
     /// Forgets it.
     pub(crate) fn settle(&self) {
         self.slot.iter().for_each(Slot::settle);
@@ -99,12 +106,11 @@ impl Post<'_> {
     ) -> Option<Slot> {
         // Whoever waits for this call has nothing left to take out of an earlier parcel.
         if !self.served.listener.still_waits(call.id) {
-            slot.settle();
-            return Some(slot);
+            return self.let_go(slot, caller);
         }
         let parcel = match caller.parcel(call.id, file, Mark::new(slot.index())) {
             Ok(parcel) => parcel,
-            Err(error) => return Some(self.give_up(slot, call, error)),
+            Err(error) => return self.give_up(slot, call, caller, error),
         };
         let gadgets = self.session.callers.program(caller);
         let begun = gadgets.and_then(|gadgets| Ok((gadgets, hand_over::seize(&caller.thread)?)));
@@ -112,8 +118,7 @@ impl Post<'_> {
             Ok(begun) => begun,
             Err(why) => {
                 self.unfit(call, &why);
-                slot.settle();
-                return Some(slot);
+                return self.let_go(slot, caller);
             }
         };
         die_at(1);
@@ -135,8 +140,7 @@ impl Post<'_> {
                 if let Some(stray) = stray {
                     self.session.keep_stray(stray);
                 }
-                slot.settle();
-                return Some(slot);
+                return self.let_go(slot, caller);
             }
         };
         slot.installed(number);
@@ -163,6 +167,17 @@ impl Post<'_> {
         let (caller, socket) = (Arc::clone(caller), parcel.into_socket());
         self.session.keep_stray(Stray { slot: Some(slot), caller, socket, number, doubtful: false });
         None
+    }
+
+    /// Ends with a call of `caller` that was answered or withdrawn. `None`: the slot stays behind, since nothing else remembers
+    /// a stray that an earlier try of the same call left.
+    pub(crate) fn let_go(&self, slot: Slot, caller: &Caller) -> Option<Slot> {
+        if let Some(stray) = self.session.forgotten_stray(caller) {
+            self.session.keep_stray(stray.remembered_by(slot));
+            return None;
+        }
+        slot.settle();
+        Some(slot)
     }
 
     /// Nothing was done to the caller, and nothing can be.

@@ -250,6 +250,13 @@ impl Session {
         None
     }
 
+    /// Takes a stray of `caller` that no slot remembers.
+    pub(crate) fn forgotten_stray(&self, caller: &Caller) -> Option<Stray> {
+        let mut strays = lock(&self.strays);
+        let index = strays.iter().position(|stray| !stray.is_remembered() && stray.is_for(caller))?;
+        Some(strays.swap_remove(index))
+    }
+
     /// Forgets the results whose time is over, and strays of processes that are gone.
     pub(crate) fn expire(&self, now: u64) {
         lock(&self.strays).retain(|stray| {

@@ -78,14 +78,9 @@ fn intact(options: &[&str], signal_every_us: u32, keeper_too: bool) -> Value {
     let seen: Value =
         serde_json::from_str(&told).unwrap_or_else(|error| panic!("{error}: {told}\n{}", ground.log_tail()));
     println!("died at each step: {:?}; the caller saw {seen}", &died[1..]);
-    for what in ["wrong", "failed", "damaged"] {
+    for what in ["wrong", "failed", "damaged", "leaked"] {
         assert_eq!(seen[what], 0, "{what}: {seen}\n{}", ground.log_tail());
     }
-    // Without the flag a signal may withdraw a call that was answered at the same instant, and the program makes it anew: the
-    // test of chaos says why that cannot be told. Seen here: one in 36,000 signals.
-    let signals = seen["signals"].as_u64().unwrap();
-    let allowed = if options.contains(&"--interruptible") { signals.div_ceil(10_000) } else { 0 };
-    assert!(seen["leaked"].as_u64().unwrap() <= allowed, "leaked: {seen}\n{}", ground.log_tail());
     assert!(died[1..].iter().all(|deaths| *deaths > 0), "{died:?}\n{}", ground.log_tail());
     seen
 }
