@@ -20,13 +20,7 @@ impl Yard {
         let base = tempfile::tempdir_in("/var/tmp").unwrap();
         std::fs::set_permissions(base.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let yard = Self(base);
-        let caller = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
-        assert!(
-            caller.exists(),
-            "no {}: cargo build -p locum-kernel --example caller, or cargo xtask test",
-            caller.display()
-        );
-        std::fs::copy(&caller, yard.path("caller")).unwrap();
+        common::copy_caller(&yard.path("caller"));
         std::fs::create_dir(yard.path("files")).unwrap();
         for name in ["file", "theirs", "secret"] {
             std::fs::write(yard.path("files").join(name), name).unwrap();
@@ -225,7 +219,7 @@ fn rootless(ground: &Ground, yard: &Yard, uid: u32, policy: &str, attack: &[Stri
 #[test]
 fn a_rootless_user_gets_what_his_door_gives() {
     let (yard, ground) = (Yard::new(), Ground::new());
-    std::fs::copy(env!("CARGO_BIN_EXE_locum"), yard.path("locum")).unwrap();
+    common::copy_program(env!("CARGO_BIN_EXE_locum").as_ref(), &yard.path("locum"));
     std::fs::set_permissions(ground.runtime.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let policies = ground.runtime.path().join("policies");
     std::fs::create_dir_all(&policies).unwrap();

@@ -7,7 +7,6 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Stdio;
 use std::sync::Mutex;
 
@@ -36,8 +35,7 @@ fn intact(options: &[&str], signal_every_us: u32, keeper_too: bool) -> Value {
     let ground = Ground::new();
     std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let program = ground.files.path().join("caller");
-    let caller = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
-    std::fs::copy(&caller, &program).expect("cargo build -p locum-kernel --examples, or cargo xtask test");
+    common::copy_caller(&program);
     let mut keeper = ground.keeper();
     let files = ground.files.path().to_str().unwrap();
     let mut run =

@@ -4,7 +4,6 @@ mod common;
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Stdio;
 
 use common::{Ground, Process, USER, lifelines, locum, until};
@@ -16,8 +15,7 @@ fn shed(kind: &str) {
     let ground = Ground::new();
     std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let program = ground.files.path().join("caller");
-    let built = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
-    std::fs::copy(&built, &program).expect("cargo build -p locum-kernel --examples, or cargo xtask test");
+    common::copy_caller(&program);
     let (mut keeper, mut monitor) = (ground.keeper(), ground.monitor());
     let files = ground.files.path().to_str().unwrap();
     let mut run =

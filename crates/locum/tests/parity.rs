@@ -59,8 +59,7 @@ impl Ground {
         done("mount", &["--bind", &fs, &ro]);
         ground.mounted.push(ground.path("ro"));
         done("mount", &["-o", "remount,bind,ro", &ro]);
-        let caller = caller();
-        std::fs::copy(&caller, ground.path("caller")).unwrap();
+        common::copy_caller(&ground.path("caller"));
         ground
     }
 
@@ -117,7 +116,7 @@ impl Ground {
         };
         node("fifo", FileType::Fifo, 0);
         node("device", FileType::CharacterDevice, rustix::fs::makedev(1, 3));
-        std::fs::copy("/bin/sleep", fs.join("running")).unwrap();
+        common::copy_program("/bin/sleep".as_ref(), &fs.join("running"));
         own(&fs.join("running"), 0o755);
         // It goes with its file system.
         file("frozen", 0o666);
@@ -160,17 +159,6 @@ impl Drop for Ground {
             let _ = Command::new("umount").arg("--lazy").arg(mount).status();
         }
     }
-}
-
-/// The caller program, built beside us.
-fn caller() -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
-    assert!(
-        path.exists(),
-        "no {}: cargo build -p locum-kernel --example caller, or cargo xtask test",
-        path.display()
-    );
-    path
 }
 
 const TRAILER: u64 = 24;

@@ -21,6 +21,23 @@ pub(crate) fn locum(args: &[&str]) -> Command {
     command
 }
 
+/// Copies a program. Another process does it: one that a test beside this starts meanwhile would have the copy open for writing
+/// too, and it could not be executed (ETXTBSY).
+pub(crate) fn copy_program(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
+/// Copies the program that makes the tests' calls, an example of locum-kernel.
+pub(crate) fn copy_caller(to: &Path) {
+    let built = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
+    assert!(
+        built.exists(),
+        "no {}: cargo build -p locum-kernel --examples, or cargo xtask test",
+        built.display()
+    );
+    copy_program(&built, to);
+}
+
 /// Waits until `done`, and fails if that takes longer than ten seconds.
 pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
