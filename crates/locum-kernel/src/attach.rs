@@ -154,10 +154,7 @@ fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
         _ => Refusal::Kernel(error),
     })?;
     // Its id was read from the process, and may have gone to a thread of another since.
-    let is_its = process.lives()
-        && Thread::hold(tid)
-            .and_then(|thread| thread.status())
-            .is_ok_and(|thread| process.status().is_ok_and(|process| process.process == thread.process));
+    let is_its = process.threads().is_ok_and(|threads| threads.contains(&tid));
     match seized.interrupt()?.wait_for(PATIENCE)? {
         Stop::Caught(stopped) if is_its => Ok(Some(stopped)),
         Stop::Caught(_) | Stop::Gone => Err(Refusal::Kernel(Errno::SRCH)),

@@ -3,7 +3,7 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 
@@ -31,8 +31,7 @@ impl Yard {
         let ground = Ground::new();
         std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let caller = ground.files.path().join("caller");
-        let built = Path::new(env!("CARGO_BIN_EXE_locum")).with_file_name("examples").join("caller");
-        std::fs::copy(&built, &caller).expect("cargo build -p locum-kernel --examples, or cargo xtask test");
+        common::copy_caller(&caller);
         // Without a lifeline, so that what is lost is lost.
         let mount = common::mount_of(ground.files.path());
         let policy = format!("[attached]\nexports = [{mount:?}]\nlifeline = false\n");
@@ -186,6 +185,10 @@ fn what_cannot_be_attached_is_left_as_it_is() {
         let absent = told.contains("there is no process") || told.contains("never touched");
         assert!(!out.status.success() && (told.contains(why) || absent), "{pid}: {told}");
     }
+    // Who once was attached can be detached by whoever it started.
+    let out = locum(&["detach", "--runtime-dir", yard.ground.path(), "--pid", &parent]).output().unwrap();
+    let told = String::from_utf8_lossy(&out.stderr);
+    assert!(told.contains("wanted a workload that is served"), "{told}");
     let sessions = yard.ground.status();
     assert_eq!(sessions["sessions"].as_array().unwrap().len(), 0, "{sessions}");
     let told = must_be_right(bystander);

@@ -64,6 +64,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             }
         }
     } else {
+        for pid in &args.named.pid {
+            // Of one that is never touched, what it has started is not meant either: of the first process, that is all.
+            work.hold(*pid).with_context(|| format!("process {pid} cannot be named"))?;
+        }
         let processes = Processes::of(&args.named)?;
         let name = processes.name();
         for session in status.sessions.iter().filter(|session| session.container == name) {
@@ -155,12 +159,16 @@ impl Work<'_> {
         }
     }
 
-    fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
+    fn hold(&self, pid: u32) -> anyhow::Result<Thread> {
         anyhow::ensure!(
             !self.own.contains(&pid),
             "it is locum's own keeper or monitor, which are never touched"
         );
-        let process = super::processes::hold(pid)?;
+        super::processes::hold(pid)
+    }
+
+    fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
+        let process = self.hold(pid)?;
         if let Some(listener) = process.find_listener()? {
             if self.keeper.find(listener.as_fd())?.is_some() {
                 return Ok(Done::Served);

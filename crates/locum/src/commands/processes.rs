@@ -44,10 +44,6 @@ impl Processes {
         }
         let first = *named.pid.first().context("wanted a process")?;
         let process = Thread::hold(first).with_context(|| format!("there is no process {first}"))?;
-        for pid in &named.pid {
-            // Of one that is never touched, what it has started is not meant either: of the first process, that is all.
-            hold(*pid).with_context(|| format!("process {pid} cannot be named"))?;
-        }
         Ok(Self::Tree { roots: named.pid.clone(), started: process.start_time()? })
     }
 
@@ -124,7 +120,9 @@ pub(crate) fn hold(pid: u32) -> anyhow::Result<Thread> {
         anyhow::ensure!(pid != own, "this command itself, and what it was started by, are never touched");
         own = Thread::hold(own)?.status()?.parent;
     }
-    let status = Thread::hold(pid)?.status()?;
+    let status = Thread::hold(pid)
+        .and_then(|process| process.status())
+        .with_context(|| format!("there is no process {pid}"))?;
     anyhow::ensure!(status.process == pid, "this is a thread of process {}: name that one", status.process);
     match Thread::hold_living(pid) {
         Err(Errno::SRCH) => anyhow::bail!("it is a thread of the kernel, or has ended"),
