@@ -13,7 +13,6 @@ use locum_kernel::signal;
 use locum_policy::{Metadata, Policy, State, Subject};
 
 use crate::Shared;
-use crate::keys::KeyId;
 use crate::lifeline;
 use crate::record::{Process, Record, RecordError, VERSION};
 use crate::recovery;
@@ -37,8 +36,13 @@ enum Denied {
     Peer { uid: u32, policy: String, peers: Vec<u32> },
     #[error(transparent)]
     Scope(#[from] locum_policy::ScopeError),
-    #[error("there is no key {0:?} in the key directory")]
-    Key(String),
+}
+
+/// Why a session is not served: its calls wait for a monitor that can read, or write, what belongs to it.
+#[derive(Debug, thiserror::Error)]
+enum Unserved {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     #[error(transparent)]
     Record(#[from] RecordError),
 }
@@ -87,20 +91,37 @@ pub(crate) fn end(shared: &Shared, listener: ListenerId) {
     }
 }
 
-fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Session>, JournalError> {
+fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Session>, Unserved> {
     let folder = shared.folder(id);
     let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder);
     made.map_err(|source| JournalError::Open { path: folder.clone(), source })?;
+    let path = folder.join("record.json");
+    let left = Record::read(&path, &shared.boot)?;
     let journal = Journal::open(&folder.join("journal"))?;
-    let granted = grant(shared, id, delivery)
+    let is_new = left.is_none();
+    let granted = grant(shared, delivery, left)
         .inspect_err(|why| tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}"))
         .ok();
+    if let Some(granted) = &granted {
+        let record = lock(&granted.record);
+        if is_new {
+            record.write(&path)?;
+        }
+        if granted.key.is_none_or(|key| shared.keys.current().get(key).is_none()) {
+            tracing::error!(
+                session = id,
+                "its key {:?} is not there or not in order: until it is, names get EOPNOTSUPP and opens ESTALE",
+                record.key
+            );
+        }
+    }
     let session = Arc::new(Session::new(id.to_owned(), granted, journal, Arc::clone(shared)));
     lock(&shared.sessions).insert(id.to_owned(), Arc::clone(&session));
     Ok(session)
 }
 
-fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Denied> {
+/// What the session may have. `left` is its record, if it was served before.
+fn grant(shared: &Shared, delivery: &Delivery, left: Option<Record>) -> Result<Granted, Denied> {
     let state = State::parse(&delivery.state)?;
     let metadata: Metadata = state.metadata.as_deref().ok_or(Denied::NoMetadata)?.parse()?;
     let policy = find_policy(shared, &metadata.policy)?;
@@ -109,18 +130,10 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
         return Err(Denied::Peer { uid, policy: policy.name.clone(), peers: policy.peers.clone() });
     }
     let first = state.first_process().and_then(|pid| hold(delivery, pid));
-    let path = shared.folder(id).join("record.json");
-    let key_of = |text: &str| {
-        text.parse::<KeyId>()
-            .ok()
-            .filter(|key| shared.keys.secret(*key).is_some())
-            .ok_or_else(|| Denied::Key(text.to_owned()))
-    };
-    if let Some(record) = Record::read(&path, &shared.boot)? {
-        let key = key_of(&record.key)?;
-        return Ok(Granted::new(policy, key, record, first));
+    let keys = shared.keys.look();
+    if let Some(record) = left {
+        return Ok(Granted::new(policy, record, first));
     }
-    let key = metadata.key.as_deref().map_or_else(|| Ok(shared.keys.newest()), key_of)?;
     let is_root = matches!(delivery.door, Door::Root);
     let subject = Subject {
         peer_uid: (!is_root).then_some(uid),
@@ -133,15 +146,15 @@ fn grant(shared: &Shared, id: &str, delivery: &Delivery) -> Result<Granted, Deni
         container: state.container.clone(),
         policy: policy.name.clone(),
         scope: policy.scope(&subject)?,
-        key: key.to_string(),
+        // With none there, none ever signs for this session.
+        key: metadata.key.or_else(|| Some(keys.newest()?.to_string())).unwrap_or_default(),
         user: (!is_root).then_some(uid),
         process: first
             .as_ref()
             .and_then(|first| Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })),
         exports: Vec::new(),
     };
-    record.write(&path)?;
-    Ok(Granted::new(policy, key, record, first))
+    Ok(Granted::new(policy, record, first))
 }
 
 /// A policy that the monitor was started with, or one in the runtime directory's `policies`.

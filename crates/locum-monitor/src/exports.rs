@@ -1,12 +1,14 @@
 //! The mounts of a workload whose files may be opened by handle.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use locum_kernel::Errno;
 use locum_kernel::process::Thread;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 
-use crate::keys::{KeyId, Keys};
+use crate::key_ring::KeyRing;
+use crate::keys::KeyId;
 use crate::signature::Signer;
 
 /// One export: a path of the policy, found in one workload.
@@ -37,9 +39,6 @@ pub(crate) enum ExportError {
     /// Something else was mounted there when the session began.
     #[error("another mount than when the session began")]
     Changed,
-    /// The session's key is gone.
-    #[error("there is no key {0}")]
-    Key(KeyId),
 }
 
 /// `FUSE_SUPER_MAGIC` (`linux/magic.h`).
@@ -51,8 +50,8 @@ impl Export {
         path: &str,
         of: &Thread,
         unique: Option<u64>,
-        keys: &Keys,
-        key: KeyId,
+        keys: &Arc<KeyRing>,
+        key: Option<KeyId>,
         scope: &str,
     ) -> Result<Self, ExportError> {
         let open = OFlags::PATH | OFlags::CLOEXEC;
@@ -67,7 +66,7 @@ impl Export {
         if unique.is_some_and(|unique| unique != own_unique) {
             return Err(ExportError::Changed);
         }
-        let signer = Signer::new(keys, key, scope, path).ok_or(ExportError::Key(key))?;
+        let signer = Signer::new(keys, key, scope, path);
         Ok(Self { path: path.to_owned(), mount, unique: own_unique, signer, _pinned: found })
     }
 }

@@ -13,7 +13,9 @@ mod exact;
 mod exports;
 #[cfg(debug_assertions)]
 mod fault;
-mod keys;
+mod key_ring;
+pub mod key_users;
+pub mod keys;
 mod lifeline;
 mod park;
 pub mod parts;
@@ -39,8 +41,8 @@ use locum_kernel::Errno;
 use locum_policy::Policy;
 use rustix::fs::{Mode, OFlags};
 
-pub use keys::{KeyError, KeyId, Keys};
-
+use crate::key_ring::KeyRing;
+use crate::keys::KeyError;
 use crate::park::Park;
 use crate::session::{Served, Session, lock, now_ms};
 
@@ -101,7 +103,7 @@ pub enum MonitorError {
 /// What all sessions share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) keys: Keys,
+    pub(crate) keys: Arc<KeyRing>,
     policies: HashMap<String, Policy>,
     runtime_dir: RuntimeDir,
     boot: String,
@@ -147,9 +149,9 @@ impl Shared {
 /// Serves, for as long as the process lives.
 pub fn run(config: Config) -> Result<(), MonitorError> {
     let shared = Arc::new(prepare(config)?);
-    let watched = Arc::clone(&shared);
-    let watch = std::thread::Builder::new().name("watch".into()).spawn(move || watch::run(&watched));
-    watch.map_err(|source| MonitorError::Own { doing: "start a thread", source })?;
+    let (watched, keys) = (Arc::clone(&shared), Arc::clone(&shared.keys));
+    start_thread("watch", move || watch::run(&watched))?;
+    start_thread("keys", move || keys.keep_looking())?;
     let mut generation = None;
     loop {
         let connection = connect(&shared.runtime_dir, generation)?;
@@ -164,6 +166,11 @@ pub fn run(config: Config) -> Result<(), MonitorError> {
     }
 }
 
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), MonitorError> {
+    let started = std::thread::Builder::new().name(name.into()).spawn(work);
+    started.map(drop).map_err(|source| MonitorError::Own { doing: "start a thread", source })
+}
+
 fn prepare(config: Config) -> Result<Shared, MonitorError> {
     use locum_kernel::{crash, credentials, notify, signal};
     let own = |doing| move |error: Errno| MonitorError::Own { doing, source: error.into() };
@@ -174,7 +181,7 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         }
         Err(error) => return Err(MonitorError::Notifier(error.to_string())),
     }
-    let keys = Keys::open(&config.keys)?;
+    let keys = Arc::new(KeyRing::open(&config.keys)?);
     let mut policies: HashMap<String, Policy> =
         locum_policy::builtin().into_iter().map(|policy| (policy.name.clone(), policy)).collect();
     for path in &config.policies {

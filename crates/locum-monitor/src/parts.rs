@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use locum_journal::{Journal, Slot};
@@ -11,7 +12,7 @@ use locum_kernel::notify::CallId;
 use locum_kernel::process::Ids;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use crate::keys::Keys;
+use crate::key_ring::KeyRing;
 use crate::park::Park;
 use crate::signature::{Purpose, Signer};
 
@@ -40,8 +41,8 @@ pub fn measure(folder: &Path, calls: u32) -> Result<Parts, Box<dyn std::error::E
     };
     let journal = Journal::open(&folder.join("parts"))?;
     let slot = Slot::take(&journal, |_| false).ok_or("a new journal has no free slot")?;
-    let keys = Keys::open(&folder.join("parts-keys"))?;
-    let signer = Signer::new(&keys, keys.newest(), "scope", "/share").ok_or("the key just made is gone")?;
+    let ring = Arc::new(KeyRing::open(&folder.join("parts-keys"))?);
+    let signer = Signer::new(&ring, ring.current().newest(), "scope", "/share");
     let handle = Handle::new(1, &[7; 8]).ok_or("eight bytes are no handle")?;
     let park = Park::new()?;
     let mount = rustix::fs::open(folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;

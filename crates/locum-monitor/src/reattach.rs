@@ -22,8 +22,8 @@ pub struct Lost {
     pub container: String,
     /// The policy's name.
     pub policy: String,
-    /// The id of the key that signed its handles.
-    pub key: String,
+    /// The id of the key that signed its handles; `None` if there was none when it began.
+    pub key: Option<String>,
     /// The workload's first process, which lives.
     pub process: u32,
 }
@@ -45,7 +45,7 @@ fn read(folder: &Path, boot: &str) -> Option<Lost> {
         id: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         container: record.container.clone(),
         policy: record.policy.clone(),
-        key: record.key.clone(),
+        key: Some(record.key).filter(|key| !key.is_empty()),
         process: process.pid,
     })
 }

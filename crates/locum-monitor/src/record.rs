@@ -23,7 +23,7 @@ pub(crate) struct Record {
     pub(crate) policy: String,
     /// The scope of its handles.
     pub(crate) scope: String,
-    /// The id of the key that signs them.
+    /// The id of the key that signs them; empty if none was there when the session began, and then none ever does.
     pub(crate) key: String,
     /// The rootless user at whose door it began.
     #[serde(default)]

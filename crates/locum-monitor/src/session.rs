@@ -29,11 +29,12 @@ pub(crate) const KEPT_MS: u64 = 1000;
 /// How many such results a session keeps at most.
 const KEPT: usize = 64;
 
-/// What a session may have: nothing, if its policy, peer or key was not in order.
+/// What a session may have: nothing, if its policy or peer was not in order.
 #[derive(Debug)]
 pub(crate) struct Granted {
     pub(crate) policy: Policy,
-    pub(crate) key: KeyId,
+    /// The key that signs; `None` if the record names none, and then none does.
+    pub(crate) key: Option<KeyId>,
     pub(crate) record: Mutex<Record>,
     /// The workload's first process, if the runtime named one that may be believed.
     pub(crate) first: Option<Thread>,
@@ -111,7 +112,8 @@ impl Undelivered {
 }
 
 impl Granted {
-    pub(crate) fn new(policy: Policy, key: KeyId, record: Record, first: Option<Thread>) -> Self {
+    pub(crate) fn new(policy: Policy, record: Record, first: Option<Thread>) -> Self {
+        let key = record.key.parse().ok();
         Self { policy, key, record: Mutex::new(record), first, exports: OnceLock::new() }
     }
 

@@ -11,13 +11,16 @@
 //! handle's type and its bytes.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use hmac::{Hmac, Mac as _};
 use locum_kernel::handle::{Handle, MAX_BYTES};
 use sha2::Sha256;
 use subtle::ConstantTimeEq as _;
 
+use crate::key_ring::KeyRing;
 use crate::keys::{KeyId, Keys};
+use crate::session::lock;
 
 /// Bytes of the trailer.
 pub(crate) const TRAILER: usize = 24;
@@ -43,47 +46,67 @@ impl Purpose {
 }
 
 /// Signs and verifies the handles of one export of one session.
-#[derive(Clone)]
+#[derive(Debug)]
 pub(crate) struct Signer {
-    key: KeyId,
-    /// For each key, the HMAC of all that comes before the handle.
-    begun: BTreeMap<KeyId, [Hmac<Sha256>; 2]>,
+    ring: Arc<KeyRing>,
+    key: Option<KeyId>,
+    scope: String,
+    export: String,
+    begun: Mutex<Arc<Begun>>,
 }
 
-impl std::fmt::Debug for Signer {
+/// For each key of those that were there, the HMAC of all that comes before the handle.
+struct Begun {
+    of: Arc<Keys>,
+    codes: BTreeMap<KeyId, [Hmac<Sha256>; 2]>,
+}
+
+impl std::fmt::Debug for Begun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Signer").field("key", &self.key).finish_non_exhaustive()
+        f.debug_struct("Begun").field("keys", &self.codes.keys()).finish_non_exhaustive()
+    }
+}
+
+impl Begun {
+    fn new(keys: Arc<Keys>, scope: &str, export: &str) -> Arc<Self> {
+        let codes = keys.iter().map(|(id, key)| {
+            let begun = [Purpose::Open, Purpose::Compare].map(|purpose| {
+                // A key shorter than a block is filled up with zeros, by the definition of HMAC (RFC 2104).
+                let mut block = [0; 64];
+                block[..key.secret.0.len()].copy_from_slice(&key.secret.0);
+                let mut mac = Hmac::<Sha256>::new(&block.into());
+                mac.update(purpose.version_string());
+                field(&mut mac, scope.as_bytes());
+                field(&mut mac, export.as_bytes());
+                mac
+            });
+            (id, begun)
+        });
+        let codes = codes.collect();
+        Arc::new(Self { of: keys, codes })
     }
 }
 
 impl Signer {
-    /// Signs with `key`, verifies with every key. `None`: there is no such key.
-    pub(crate) fn new(keys: &Keys, key: KeyId, scope: &str, export: &str) -> Option<Self> {
-        keys.secret(key)?;
-        let begun = keys.all().map(|(id, secret)| {
-            (
-                id,
-                [Purpose::Open, Purpose::Compare].map(|purpose| {
-                    // A key shorter than a block is filled up with zeros, by the definition of HMAC (RFC 2104).
-                    let mut block = [0; 64];
-                    block[..secret.0.len()].copy_from_slice(&secret.0);
-                    let mut mac = Hmac::<Sha256>::new(&block.into());
-                    mac.update(purpose.version_string());
-                    field(&mut mac, scope.as_bytes());
-                    field(&mut mac, export.as_bytes());
-                    mac
-                }),
-            )
-        });
-        Some(Self { key, begun: begun.collect() })
+    /// Signs with `key`, and with no other: nothing while that is not there. Verifies with every key that is.
+    pub(crate) fn new(ring: &Arc<KeyRing>, key: Option<KeyId>, scope: &str, export: &str) -> Self {
+        let begun = Begun::new(ring.current(), scope, export);
+        Self {
+            ring: Arc::clone(ring),
+            key,
+            scope: scope.to_owned(),
+            export: export.to_owned(),
+            begun: Mutex::new(begun),
+        }
     }
 
-    /// `handle` with its trailer; `None` if [`MAX_BYTES`] leave no room for it.
+    /// `handle` with its trailer; `None` if [`MAX_BYTES`] leave no room for it, or the key is not there.
     pub(crate) fn sign(&self, handle: &Handle, purpose: Purpose) -> Option<Handle> {
+        let key = self.key?;
         let mut trailer = [0; TRAILER];
         trailer[0] = VERSION;
-        trailer[4..8].copy_from_slice(&self.key.0);
-        trailer[8..].copy_from_slice(&self.code(self.key, handle.kind, handle.bytes(), purpose)?);
+        trailer[4..8].copy_from_slice(&key.0);
+        trailer[8..].copy_from_slice(&self.code(key, handle.kind, handle.bytes(), purpose)?);
         handle.with(&trailer)
     }
 
@@ -97,11 +120,22 @@ impl Signer {
     }
 
     fn code(&self, key: KeyId, kind: i32, bytes: &[u8], purpose: Purpose) -> Option<[u8; MAC_BYTES]> {
-        let [open, compare] = self.begun.get(&key)?;
+        let begun = self.begun();
+        let [open, compare] = begun.codes.get(&key)?;
         let mut mac = if purpose == Purpose::Open { open.clone() } else { compare.clone() };
         field(&mut mac, &kind.to_le_bytes());
         field(&mut mac, bytes);
         mac.finalize().into_bytes().first_chunk().copied()
+    }
+
+    /// For the keys as they are now.
+    fn begun(&self) -> Arc<Begun> {
+        let keys = self.ring.current();
+        let mut begun = lock(&self.begun);
+        if !Arc::ptr_eq(&begun.of, &keys) {
+            *begun = Begun::new(keys, &self.scope, &self.export);
+        }
+        Arc::clone(&begun)
     }
 }
 
@@ -116,11 +150,16 @@ pub(crate) const MAX_SIGNABLE: usize = MAX_BYTES - TRAILER;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys;
 
-    fn keys() -> (tempfile::TempDir, Keys) {
+    fn ring() -> (tempfile::TempDir, Arc<KeyRing>) {
         let folder = tempfile::tempdir().unwrap();
-        let keys = Keys::open(folder.path()).unwrap();
-        (folder, keys)
+        let ring = KeyRing::open(folder.path()).unwrap();
+        (folder, Arc::new(ring))
+    }
+
+    fn signer(ring: &Arc<KeyRing>, scope: &str, export: &str) -> Signer {
+        Signer::new(ring, ring.current().newest(), scope, export)
     }
 
     fn handle() -> Handle {
@@ -129,8 +168,8 @@ mod tests {
 
     #[test]
     fn what_was_signed_verifies_and_is_always_the_same() {
-        let (_folder, keys) = keys();
-        let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
+        let (_folder, ring) = ring();
+        let signer = signer(&ring, "scope", "/share");
         let made = signer.sign(&handle(), Purpose::Open).unwrap();
         assert_eq!(made.bytes().len(), 8 + TRAILER);
         assert_eq!(signer.verify(&made), Some(handle()));
@@ -139,8 +178,8 @@ mod tests {
 
     #[test]
     fn any_flipped_bit_cut_growth_or_type_is_refused() {
-        let (_folder, keys) = keys();
-        let signer = Signer::new(&keys, keys.newest(), "scope", "/share").unwrap();
+        let (_folder, ring) = ring();
+        let signer = signer(&ring, "scope", "/share");
         let made = signer.sign(&handle(), Purpose::Open).unwrap();
         let refused = |kind, bytes: &[u8]| signer.verify(&Handle::new(kind, bytes).unwrap()).is_none();
         for bit in 0..made.bytes().len() * 8 {
@@ -157,25 +196,46 @@ mod tests {
 
     #[test]
     fn scope_export_key_and_purpose_do_not_mix() {
-        let ((_one, keys), (_two, others)) = (keys(), keys());
-        let signer = |keys: &Keys, scope, export| Signer::new(keys, keys.newest(), scope, export).unwrap();
-        let own = signer(&keys, "scope", "/share");
+        let ((_one, ring), (_two, others)) = (ring(), ring());
+        let own = signer(&ring, "scope", "/share");
         for other in [
-            signer(&keys, "scopf", "/share"),
-            signer(&keys, "scope/", "share"),
-            signer(&keys, "scope", "/share2"),
+            signer(&ring, "scopf", "/share"),
+            signer(&ring, "scope/", "share"),
+            signer(&ring, "scope", "/share2"),
             signer(&others, "scope", "/share"),
         ] {
             assert_eq!(own.verify(&other.sign(&handle(), Purpose::Open).unwrap()), None);
         }
         assert_eq!(own.verify(&own.sign(&handle(), Purpose::Compare).unwrap()), None);
-        assert!(Signer::new(&keys, others.newest(), "scope", "/share").is_none());
+    }
+
+    #[test]
+    fn a_signer_keeps_its_key_and_without_it_signs_with_no_other() {
+        let (folder, ring) = ring();
+        let own = signer(&ring, "scope", "/share");
+        let sign = |signer: &Signer| signer.sign(&handle(), Purpose::Open);
+        let made = sign(&own).unwrap();
+        let next = keys::create(folder.path()).unwrap();
+        ring.look();
+        assert_eq!(sign(&own), Some(made.clone()));
+        let theirs = sign(&Signer::new(&ring, Some(next), "scope", "/share")).unwrap();
+        assert_ne!(theirs, made);
+        assert_eq!(own.verify(&theirs), Some(handle()), "all keys verify");
+        let path = folder.path().join(format!("{}.key", own.key.unwrap()));
+        let aside = path.with_extension("new");
+        std::fs::rename(&path, &aside).unwrap();
+        ring.look();
+        assert_eq!((sign(&own), own.verify(&made)), (None, None));
+        std::fs::rename(&aside, &path).unwrap();
+        ring.look();
+        assert_eq!((sign(&own), own.verify(&made)), (Some(made), Some(handle())));
+        assert_eq!(sign(&Signer::new(&ring, None, "scope", "/share")), None);
     }
 
     #[test]
     fn the_longest_signable_handle_fits_exactly() {
-        let (_folder, keys) = keys();
-        let signer = Signer::new(&keys, keys.newest(), "s", "/").unwrap();
+        let (_folder, ring) = ring();
+        let signer = signer(&ring, "s", "/");
         let sign = |len| signer.sign(&Handle::new(1, &vec![9; len]).unwrap(), Purpose::Open);
         assert!(sign(MAX_SIGNABLE).is_some());
         assert!(sign(MAX_SIGNABLE + 1).is_none());

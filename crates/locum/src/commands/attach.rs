@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
         for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
             let processes = Processes::Both { first: lost.process, container: lost.container.clone() };
-            work.all(&processes, &lost.policy, Some(&lost.key))?;
+            work.all(&processes, &lost.policy, lost.key.as_deref())?;
             if work.attached.contains(&lost.process) {
                 // The workload has another session now.
                 std::fs::remove_dir_all(&lost.folder)

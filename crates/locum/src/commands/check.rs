@@ -12,6 +12,7 @@ use locum_kernel::handle::{self, flag};
 use locum_kernel::notify::{self, Answer, Buffer, Listener, Notification};
 use locum_kernel::process::Thread;
 use locum_kernel::{Errno, arch, credentials, memory};
+use locum_monitor::keys::Keys;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::CapabilitySet;
@@ -228,13 +229,18 @@ fn handles() -> Finding {
 
 fn keys(directory: &Path) -> Finding {
     let is_empty = std::fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_none());
-    let found = if is_empty && rustix::process::geteuid().is_root() {
-        Ok(format!("{} is empty; the first monitor makes one there", directory.display()))
-    } else {
-        locum_monitor::Keys::open(directory)
-            .map(|keys| format!("new sessions sign with {}", keys.newest()))
-            .map_err(anyhow::Error::from)
-    };
+    if is_empty && rustix::process::geteuid().is_root() {
+        return needed(
+            "keys",
+            Ok(format!("{} is empty; the first monitor makes one there", directory.display())),
+        );
+    }
+    let found = Keys::read(directory).map_err(anyhow::Error::from).and_then(|(keys, faults)| {
+        let faults = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        anyhow::ensure!(faults.is_empty(), faults);
+        let newest = keys.newest().context("no key is there; make one with `locum keys create`")?;
+        Ok(format!("new sessions sign with {newest}"))
+    });
     needed("keys", found)
 }
 
