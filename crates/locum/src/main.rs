@@ -30,6 +30,7 @@ enum Command {
     Detach(commands::attach::DetachArgs),
     Profile(commands::profile::Args),
     Status(commands::status::Args),
+    Keys(commands::keys::Args),
     Check(commands::check::Args),
     Bench(commands::bench::Args),
     #[command(hide = true)]
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         Command::Detach(args) => commands::attach::detach(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Status(args) => commands::status::run(args),
+        Command::Keys(args) => commands::keys::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Confined(args) => commands::confined::run(args),

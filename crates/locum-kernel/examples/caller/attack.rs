@@ -35,6 +35,7 @@ pub(crate) fn run(attack: &str, ground: &Ground, args: &[String]) {
         ("other-arch", []) => other_arch(ground),
         ("fault", [kind]) => fault(ground, kind),
         ("foreign-pid", [door]) => foreign_pid(ground, door),
+        ("keyed", []) => keyed(ground),
         // Unhelped: the kernel's bare handle, and no right to open it.
         ("unserved", []) => {
             let handle = ground.handle(&ground.path("file"));
@@ -117,6 +118,18 @@ fn forge(ground: &Ground, secret: &[u8]) {
 }
 
 /// `../one` and `../two` are exports with the same files.
+/// For each line that comes in: the file's handle or the error, and what opening the first such handle gives.
+fn keyed(ground: &Ground) {
+    let (mount, path) = (folder(ground, "."), ground.path("file"));
+    let mut first = None;
+    for _ in std::io::stdin().lines() {
+        let named = ground.handle_with(&path, 0);
+        first = first.or_else(|| named.clone().ok());
+        let opened = first.as_ref().map_or(STALE, |first| opened(&mount, first));
+        println!("{} {opened}", named.map_or_else(|error| error.to_string(), |handle| hex(&handle)));
+    }
+}
+
 fn exports(ground: &Ground) {
     for (export, other) in [("../one", "../two"), ("../two", "../one")] {
         let handle = ground.handle(&ground.path(&format!("{export}/file")));

@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod confined;
 pub(crate) mod demo;
 pub(crate) mod keeper;
+pub(crate) mod keys;
 pub(crate) mod monitor;
 mod processes;
 pub(crate) mod profile;
