@@ -39,10 +39,15 @@ pub(crate) fn copy_caller(to: &Path) {
 }
 
 /// Waits until `done`, and fails if that takes longer than ten seconds.
-pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, done: impl FnMut() -> bool) {
+    until_within(Duration::from_secs(10), what, done);
+}
+
+/// The same with another limit.
+pub(crate) fn until_within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(10), "waited in vain for: {what}");
+        assert!(start.elapsed() < limit, "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

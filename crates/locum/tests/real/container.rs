@@ -66,12 +66,14 @@ impl Runtime {
 pub(crate) struct Site {
     runtime: Runtime,
     folder: TempDir,
+    /// Of its containers.
+    pub(crate) annotations: Value,
 }
 
 impl Site {
     /// `seccomp` is the profile, as the runtime wants it.
     pub(crate) fn new(runtime: Runtime, seccomp: &Value) -> Self {
-        let site = Self { runtime, folder: components::folder() };
+        let site = Self { runtime, folder: components::folder(), annotations: json!({}) };
         root_file_system(&site.at("root"));
         for name in ["share", "run"] {
             fs::create_dir(site.at(name)).unwrap();
@@ -182,6 +184,7 @@ impl Site {
             },
             "root": {"path": self.at("root"), "readonly": true},
             "hostname": "locum-test",
+            "annotations": self.annotations,
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},

@@ -37,7 +37,7 @@ pub(crate) fn initramfs(folder: &Path, tar: &Path) {
         fs::copy(commands.join(command), root.join("bin").join(command)).unwrap();
     }
     components::modules(&MODULES, &root.join("modules"));
-    for name in ["init", "work.sh", "list.sh"] {
+    for name in ["init", "work.sh", "migrate.sh", "list.sh"] {
         fs::copy(tree::script(name), root.join(name)).unwrap();
     }
     fs::copy(tar, root.join("tree.tar")).unwrap();
@@ -49,42 +49,42 @@ pub(crate) fn initramfs(folder: &Path, tar: &Path) {
 /// Boots the guest on the share behind `socket` and returns its listing once it has done its work. It checks that it cannot
 /// read what only the host's root may if its virtiofsd is `unprivileged`.
 pub(crate) fn work(folder: &Path, socket: &Path, unprivileged: bool) -> Listing {
-    let (console, listing) = (folder.join("console"), folder.join("listing"));
+    let environment = format!("work=work.sh unprivileged={unprivileged}");
+    finish(&mut start(folder, socket, &environment, &[]), folder)
+}
+
+/// Starts a guest on the share behind `socket`, with init's environment and more arguments for QEMU.
+pub(crate) fn start(folder: &Path, socket: &Path, environment: &str, more: &[&str]) -> Process {
+    let at = |name| folder.join(name).display().to_string();
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args([
-        "-M",
-        "q35",
-        "-accel",
-        "tcg",
-        "-cpu",
-        "max",
-        "-m",
-        "512M",
-        "-smp",
-        "1",
-        "-nodefaults",
-        "-no-reboot",
-    ])
-    .args(["-display", "none", "-monitor", "none"])
-    .args(["-serial", &format!("file:{}", console.display())])
-    .args(["-serial", &format!("file:{}", listing.display())])
-    .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory"])
-    .args(["-chardev", &format!("socket,id=share,path={}", socket.display())])
-    .args(["-device", "vhost-user-fs-pci,queue-size=1024,chardev=share,tag=share"])
-    .arg("-kernel")
-    .arg(components::vmlinuz())
-    .arg("-initrd")
-    .arg(folder.join("initrd"))
-    .arg("-append")
-    // The kernel hands a parameter that it does not know to init, as an environment variable.
-    .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on unprivileged={unprivileged}"));
-    let mut qemu = Process(qemu.stdin(Stdio::null()).spawn().unwrap());
-    let ended = ends_within(&qemu, PATIENCE);
-    let said = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
+    qemu.args(["-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "1"])
+        .args(["-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none"])
+        .args(["-serial", &format!("file:{}", at("console")), "-serial", &format!("file:{}", at("listing"))])
+        .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory"])
+        .args(["-chardev", &format!("socket,id=share,path={}", socket.display())])
+        .args(["-device", "vhost-user-fs-pci,queue-size=1024,chardev=share,tag=share"])
+        .arg("-kernel")
+        .arg(components::vmlinuz())
+        .args(["-initrd", &at("initrd"), "-append"])
+        // The kernel hands a parameter that it does not know to init, as an environment variable.
+        .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on {environment}"))
+        .args(more);
+    Process(qemu.stdin(Stdio::null()).spawn().unwrap())
+}
+
+/// The guest's listing, once it has done its work.
+pub(crate) fn finish(qemu: &mut Process, folder: &Path) -> Listing {
+    let ended = ends_within(qemu, PATIENCE);
+    let said = said(folder);
     assert!(ended, "the guest does not end; it said:\n{said}");
     assert!(qemu.0.wait().unwrap().success() && said.contains("guest: good"), "the guest said:\n{said}");
-    let listing = fs::read_to_string(listing).unwrap();
+    let listing = fs::read_to_string(folder.join("listing")).unwrap();
     tree::lines(listing.trim_end().strip_suffix("guest: good").expect("a listing that was cut off"))
+}
+
+/// What the guest said so far.
+pub(crate) fn said(folder: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(folder.join("console")).unwrap_or_default()).into_owned()
 }
 
 pub(crate) fn ends_within(process: &Process, limit: Duration) -> bool {

@@ -1,5 +1,5 @@
 //! Real components: virtiofsd from crates.io, unprivileged, in containers of crun, runc and rootless podman, and a Linux
-//! guest that works on what it serves, while the monitor is killed. `cargo xtask test` sets all of it up.
+//! guest that works on what it serves, while the monitor is killed, or while the guest migrates. `cargo xtask test` sets all of it up.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -9,5 +9,7 @@ mod guest;
 mod lesser;
 mod listeners;
 mod machine;
+mod migration;
+mod qmp;
 mod service;
 mod tree;

@@ -64,7 +64,7 @@ o_path = "fast"
         service
     }
 
-    fn at(&self, name: &str) -> PathBuf {
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -108,12 +108,15 @@ o_path = "fast"
 
     /// The seccomp profile of the containers, made from the runtime's default one.
     pub(crate) fn seccomp(&self) -> Value {
-        let mut profile = locum(&["profile", "--runtime", self.runtime.name(), "--runtime-dir"]);
-        profile.arg(self.at("runtime"));
         match self.runtime.user() {
-            0 => profile.arg("virtiofsd"),
-            user => profile.args(["--door", &user.to_string()]).arg(self.at("policy.toml")),
-        };
+            0 => self.profile(&["virtiofsd"]),
+            user => self.profile(&["--door", &user.to_string(), self.at("policy.toml").to_str().unwrap()]),
+        }
+    }
+
+    pub(crate) fn profile(&self, policy: &[&str]) -> Value {
+        let mut profile = locum(&["profile", "--runtime", self.runtime.name(), "--runtime-dir"]);
+        profile.arg(self.at("runtime")).args(policy);
         serde_json::from_str(&components::run(&mut profile)).unwrap()
     }
 
