@@ -203,7 +203,38 @@ pub struct SessionReport {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
+
+    /// Whether all that `old` says stands in `new` too.
+    fn is_within(old: &Value, new: &Value) -> bool {
+        match (old, new) {
+            (Value::Object(old), Value::Object(new)) => {
+                old.iter().all(|(name, old)| new.get(name).is_some_and(|new| is_within(old, new)))
+            }
+            (Value::Array(old), Value::Array(new)) => {
+                old.len() == new.len() && old.iter().zip(new).all(|(old, new)| is_within(old, new))
+            }
+            _ => old == new,
+        }
+    }
+
+    /// What a release said, as it was: this one understands it, and says as much.
+    #[test]
+    fn messages_of_0_1_0_are_understood_and_answered_in_kind() {
+        #[derive(Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Either {
+            ToKeeper(ToKeeper),
+            FromKeeper(FromKeeper),
+        }
+        for line in include_str!("frozen/0.1.0.jsonl").lines() {
+            let read: Either = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+            let again = serde_json::to_value(read).unwrap();
+            assert!(is_within(&serde_json::from_str(line).unwrap(), &again), "{line}\n{again}");
+        }
+    }
 
     #[test]
     fn a_session_id_is_a_file_name() {

@@ -217,6 +217,45 @@ fn a_newer_protocol_is_refused_in_words() {
     ground.must_be_quiet();
 }
 
+/// A monitor of 0.1.0, as the bytes that it sent: it is served beside one that speaks what no release does yet.
+#[test]
+fn a_monitor_of_0_1_0_is_served() {
+    let ground = Ground::new();
+    let said = include_str!("../src/frozen/0.1.0.jsonl").lines();
+    let said: Vec<_> = said
+        .filter_map(|line| line.strip_prefix(r#"{"to_keeper":"#)?.strip_suffix('}'))
+        .filter(|message| message.contains(r#""role":"monitor""#) || message.contains("when_monitored"))
+        .map(frame)
+        .collect();
+    let mut monitor = UnixStream::connect(ground.dir.control()).unwrap();
+    monitor.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    monitor.write_all(&said[0]).unwrap();
+    let answer = || {
+        let (mut header, mut json) = ([0; 8], Vec::new());
+        std::io::Read::read_exact(&mut &monitor, &mut header).unwrap();
+        json.resize(u32::from_le_bytes(*header.first_chunk().unwrap()) as usize, 0);
+        std::io::Read::read_exact(&mut &monitor, &mut json).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&json).unwrap()
+    };
+    let welcome = answer();
+    assert_eq!((&welcome["hello"]["protocol"], &welcome["hello"]["generation"]), (&1.into(), &1.into()));
+    let workload = ground.container("c");
+    let lease = answer();
+    assert_eq!(lease["lease"]["delivery"]["door"], "root");
+    assert_eq!(lease["lease"]["slots"], serde_json::json!([]));
+    let mut newer = UnixStream::connect(ground.dir.control()).unwrap();
+    newer.write_all(&frame(r#"{"hello":{"protocol":99}}"#)).unwrap();
+    std::io::Read::read_to_end(&mut newer, &mut Vec::new()).unwrap();
+    (&monitor).write_all(&said[2]).unwrap();
+    let status = answer();
+    assert_eq!(status["status"]["monitor"]["version"], "0.1.0");
+    drop(workload);
+    let ended = answer();
+    assert_eq!(ended["ended"]["listener"], lease["lease"]["delivery"]["listener"]);
+    drop(monitor);
+    ground.must_be_quiet();
+}
+
 #[test]
 fn the_control_socket_is_for_root() {
     let ground = Ground::new();

@@ -275,3 +275,22 @@ fn listener_of(held: &Held) -> Result<Listener, Box<dyn std::error::Error>> {
     }
     Ok(Listener::try_from(process.descriptor(held.descriptor)?)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_0_1_0_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("1122334455667788.lifeline");
+        fs::write(&path, include_str!("frozen/0.1.0/lifeline.json")).unwrap();
+        let held = read(&path, "virt-launcher-1f2e3d4c").unwrap().unwrap();
+        assert_eq!(held.boot, "0b5e7a6c-1111-2222-3333-444455556666");
+        assert_eq!(held.process, Process { pid: 4711, start_time: 987_654 });
+        assert_eq!(held.descriptor, 3801);
+        assert_eq!(held.delivery.listener.to_string(), "1122334455667788");
+        assert_eq!(held.delivery.sequence, 3);
+        assert!(held.delivery.state.contains("policy=virtiofsd"));
+    }
+}

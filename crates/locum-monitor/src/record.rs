@@ -128,6 +128,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_record_of_0_1_0_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.json");
+        fs::write(&path, include_str!("frozen/0.1.0/record.json")).unwrap();
+        let wanted = Record {
+            version: 1,
+            boot: "0b5e7a6c-1111-2222-3333-444455556666".into(),
+            container: "virt-launcher".into(),
+            policy: "virtiofsd".into(),
+            scope: "virt-launcher".into(),
+            key: "0011aaff".into(),
+            user: Some(1000),
+            process: Some(Process { pid: 4711, start_time: 987_654 }),
+            exports: vec![FoundExport { path: "/share".into(), mount: 2_147_484_000 }],
+        };
+        assert_eq!(Record::read(&path, &wanted.boot).unwrap(), Some(wanted));
+    }
+
+    #[test]
     fn a_record_is_read_back_in_its_boot_only_and_a_newer_one_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("record.json");
