@@ -54,6 +54,11 @@ seq 1 $i | cmp - lines || fail "lines"
 [ "$(sum <&7)" = "$expected" ] || fail "a file in a renamed folder"
 echo more >&4
 [ "$(tail -n 1 kept/renamed)" = more ] || fail "what was written to the renamed file is not in it"
+# To the guest a file with two handles would be two, each with a size of its own.
+exec 3< kept/renamed
+cat <&3 > /dev/null
+echo again >&4
+[ "$(cat <&3)" = again ] || fail "the renamed file has two handles"
 [ kept/renamed -ef /proc/self/fd/4 ] || fail "the renamed file is another one"
 [ kept/moved -ef /proc/self/fd/9 ] || fail "the renamed folder is another one"
 [ "$(ls /proc/self/fd/9/)" = inner ] || fail "the renamed folder"
