@@ -1,6 +1,7 @@
 //! `locum serve` for one test, with a directory of its own, and whoever kills its monitor.
 
 use std::fs;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -169,12 +170,22 @@ pub(crate) fn while_killing<T>(
     victim: Victim,
     work: impl FnOnce() -> T,
 ) -> (T, u32, Counted) {
+    while_killing_every(50..=300, service, victim, work)
+}
+
+/// The same with other pauses, in milliseconds.
+pub(crate) fn while_killing_every<T>(
+    pauses: RangeInclusive<u64>,
+    service: &Service,
+    victim: Victim,
+    work: impl FnOnce() -> T,
+) -> (T, u32, Counted) {
     thread::scope(|scope| {
         // Dropped when the work ends, by a panic too.
         let (working, worked) = mpsc::channel::<()>();
         let killer = scope.spawn(move || {
             let (mut kills, mut counted) = (0, Counted::default());
-            while worked.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
+            while worked.recv_timeout(pause(&pauses)) == Err(RecvTimeoutError::Timeout) {
                 let status = service.status();
                 // Between two monitors there is none.
                 let kill = |who: &str| {
@@ -200,8 +211,9 @@ pub(crate) fn while_killing<T>(
     })
 }
 
-fn pause() -> Duration {
+fn pause(within: &RangeInclusive<u64>) -> Duration {
     let mut random = [0; 2];
     getrandom(&mut random, GetRandomFlags::empty()).unwrap();
-    Duration::from_millis(50 + u64::from(u16::from_le_bytes(random)) % 251)
+    let span = within.end() - within.start() + 1;
+    Duration::from_millis(within.start() + u64::from(u16::from_le_bytes(random)) % span)
 }
