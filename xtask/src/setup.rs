@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::step::{command, log, quietly, real, run, step};
 
-const PACKAGES: [&str; 19] = [
+const PACKAGES: [&str; 21] = [
     "gcc",
     "libc6-dev",
     "crun",
@@ -28,6 +28,8 @@ const PACKAGES: [&str; 19] = [
     "btrfs-progs",
     "libcap-ng-dev",
     "libseccomp-dev",
+    "debootstrap",
+    "systemd-container",
 ];
 
 /// The first QEMU in Debian's packages whose virtio-fs devices migrate (they do since 8.2), and where Debian 12 has it.
@@ -51,7 +53,8 @@ pub(crate) fn all() -> Result<()> {
     qemu()?;
     user()?;
     virtiofsd()?;
-    kernel()
+    kernel()?;
+    systemd()
 }
 
 /// Rust's own tools, which a minimal toolchain lacks.
@@ -91,6 +94,15 @@ fn asked(program: &str, args: &[&str]) -> String {
     output.map_or_else(String::new, |output| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Where apt has the packages of `suite` from.
+fn host(suite: &str) -> Option<String> {
+    let targets = asked(
+        "apt-get",
+        &["indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages", "Component: main"],
+    );
+    targets.lines().find_map(|line| Some(line.strip_prefix(suite)?.strip_prefix(' ')?.to_owned()))
+}
+
 /// One QEMU for all tests, from Debian's backports. **A change of the machine that stays**: an apt source for that suite, beside the
 /// others and on the same host as they. apt takes nothing from backports that it is not told to.
 fn qemu() -> Result<()> {
@@ -99,11 +111,6 @@ fn qemu() -> Result<()> {
     if works(command("dpkg", &["--compare-versions", &found, "ge", wanted])) {
         return Ok(());
     }
-    let targets = asked(
-        "apt-get",
-        &["indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages", "Component: main"],
-    );
-    let host = |suite: &str| targets.lines().find_map(|line| line.strip_prefix(suite)?.strip_prefix(' '));
     if host(suite).is_none() {
         let Some(host) = host("bookworm") else {
             bail!(
@@ -165,4 +172,24 @@ fn kernel() -> Result<()> {
         fs::rename(&unpacked, &kernel)?;
         fs::remove_dir_all(&work).context("clean up")
     })
+}
+
+/// A Debian with systemd, of this machine's release so that what is built here runs there, to be booted in a container.
+fn systemd() -> Result<()> {
+    let tree = real().join("systemd");
+    if tree.exists() {
+        return Ok(());
+    }
+    let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
+    let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let suite = suite.context("/etc/os-release names no VERSION_CODENAME")?;
+    let host = host(suite).with_context(|| format!("apt knows no host for Debian {suite}"))?;
+    let fresh = tree.with_extension("new");
+    if fresh.exists() {
+        fs::remove_dir_all(&fresh).with_context(|| format!("remove {}", fresh.display()))?;
+    }
+    let mut bootstrap =
+        command("debootstrap", &["--variant=minbase", "--include=systemd,systemd-sysv,dbus", suite]);
+    run("debootstrap", bootstrap.arg(&fresh).arg(host))?;
+    fs::rename(&fresh, &tree).with_context(|| format!("rename {}", fresh.display()))
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use locum_kernel::{Errno, confine, socket};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::SocketFlags;
+use sd_notify::NotifyState;
 
 use crate::arrival::{Arrival, Refused};
 use crate::discard::Discarder;
@@ -19,6 +20,7 @@ use crate::monitors::{Client, ClientId, Clients, Monitor, MonitorId, Sent, Stand
 use crate::protocol::{Door, FromKeeper, ListenerId, Peer, SessionId};
 use crate::registry::Registry;
 use crate::sockets::{self, Sockets};
+use crate::systemd::{self, Heartbeat};
 
 /// Whom the keeper becomes, user and group. Not nobody: whatever runs as the same user could signal the keeper, and
 /// nobody is whom many things run as. Nothing else should use this number.
@@ -85,8 +87,10 @@ pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<()
         turned_away: 0,
         no_accept_before: None,
         no_send_before: None,
+        heartbeat: Heartbeat::start(),
     };
     tracing::info!(doors = keeper.doors.len(), "the keeper is ready");
+    systemd::tell(NotifyState::Ready);
     loop {
         match keeper.wait(stop.as_fd()) {
             Ok(ready) if ready.contains(&Source::Stop) => return Ok(()),
@@ -96,6 +100,7 @@ pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<()
         }
         keeper.refuse_slow();
         keeper.flush();
+        keeper.heartbeat.beat();
     }
 }
 
@@ -137,6 +142,7 @@ struct Keeper {
     turned_away: u64,
     no_accept_before: Option<Instant>,
     no_send_before: Option<Instant>,
+    heartbeat: Heartbeat,
 }
 
 impl Keeper {
@@ -155,7 +161,8 @@ impl Keeper {
             sources.push(source);
             polls.push(PollFd::from_borrowed_fd(fd, events));
         };
-        let mut until = [self.no_accept_before, self.no_send_before].into_iter().flatten().min();
+        let pauses = [self.no_accept_before, self.no_send_before, self.heartbeat.due()];
+        let mut until = pauses.into_iter().flatten().min();
         if self.no_accept_before.is_none() {
             for (index, (_, socket)) in self.sockets.doors.iter().enumerate() {
                 if !self.doors[index].discarder.is_full() {

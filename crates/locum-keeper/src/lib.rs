@@ -18,6 +18,7 @@ pub mod protocol;
 mod registry;
 mod sockets;
 mod state;
+pub mod systemd;
 
 pub use dir::RuntimeDir;
 pub use keeper::{KeeperError, run};

@@ -36,10 +36,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use locum_keeper::client::{Connection, Event, Hello};
-use locum_keeper::{RuntimeDir, client::ClientError};
+use locum_keeper::{RuntimeDir, client::ClientError, systemd};
 use locum_kernel::Errno;
 use locum_policy::Policy;
 use rustix::fs::{Mode, OFlags};
+use sd_notify::NotifyState;
 
 use crate::key_ring::KeyRing;
 use crate::keys::KeyError;
@@ -155,6 +156,9 @@ pub fn run(config: Config) -> Result<(), MonitorError> {
     let mut generation = None;
     loop {
         let connection = connect(&shared.runtime_dir, generation)?;
+        if generation.is_none() {
+            systemd::tell(NotifyState::Ready);
+        }
         generation = Some(connection.1);
         let connection = Arc::new(connection.0);
         shared.connected.store(now_ms(), Ordering::Relaxed);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use locum_keeper::systemd::Heartbeat;
 use locum_kernel::notify::{Answer, CallId};
 use locum_kernel::{Errno, signal};
 
@@ -60,8 +61,10 @@ impl Watch {
 /// Looks after all sessions, for ever.
 pub(crate) fn run(shared: &Shared) {
     let (mut busy, mut swept) = (false, false);
+    let mut heartbeat = Heartbeat::start();
     loop {
         std::thread::sleep(if busy { TICK } else { QUIET_TICK });
+        heartbeat.beat();
         busy = false;
         let now = now_ms();
         // A worker may have been on its way into RECV when it was last interrupted.

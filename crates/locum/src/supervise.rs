@@ -182,6 +182,8 @@ impl Supervised {
 
     fn start(&self, name: &str) -> anyhow::Result<Running> {
         let mut command = Command::new("/proc/self/exe");
+        // Systemd is told by us how we are.
+        command.env_remove("NOTIFY_SOCKET");
         command.env("LOCUM_LOG", crate::LOG.get().map_or("info", String::as_str));
         command.arg(name).arg("--runtime-dir").arg(self.runtime_dir.path());
         command.args(["--parent", &std::process::id().to_string()]);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use locum_keeper::RuntimeDir;
+use locum_keeper::{RuntimeDir, systemd};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -54,16 +54,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for uid in &args.users {
         println!("serving user {uid} at {}", runtime_dir.user_door(*uid).display());
     }
-    tell_systemd(NotifyState::Ready);
+    systemd::tell(NotifyState::Ready);
     let _ = signals.forever().next();
-    tell_systemd(NotifyState::Stopping);
+    systemd::tell(NotifyState::Stopping);
     drop(supervisor);
     Ok(ExitCode::SUCCESS)
-}
-
-/// Does nothing where nobody asked for it.
-fn tell_systemd(state: NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::warn!("cannot notify systemd: {error}");
-    }
 }

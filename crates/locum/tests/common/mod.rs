@@ -153,7 +153,7 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    fn start(mut command: Command) -> Self {
+    pub(crate) fn start(mut command: Command) -> Self {
         let mut run = command.stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(run.stdout.take().unwrap()).lines();
         let heard = Arc::new(Mutex::new(serde_json::json!({"calls": 0, "waiting_us": 0, "done": false})));

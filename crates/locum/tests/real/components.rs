@@ -24,6 +24,11 @@ pub(crate) fn virtiofsd() -> PathBuf {
     real().join("virtiofsd/bin/virtiofsd")
 }
 
+/// A system that can be booted.
+pub(crate) fn systemd() -> PathBuf {
+    real().join("systemd")
+}
+
 /// The guest's kernel.
 pub(crate) fn vmlinuz() -> PathBuf {
     let boot = fs::read_dir(real().join("kernel/boot")).unwrap().map(|entry| entry.unwrap().path());

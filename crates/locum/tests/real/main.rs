@@ -12,4 +12,5 @@ mod machine;
 mod migration;
 mod qmp;
 mod service;
+mod systemd;
 mod tree;

@@ -1,0 +1,271 @@
+//! The units in `systemd/`, under a real systemd that is the first process of a container.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::common::{self, Process, Traffic, USER, until};
+use crate::components;
+
+/// What the system that nspawn sets up for its containers refuses, and keeper, monitor or workload need.
+const CALLS: &str = "--system-call-filter=open_by_handle_at pidfd_getfd @debug";
+const SERVICES: [&str; 2] = ["locum-keeper.service", "locum-monitor.service"];
+
+fn units() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd").canonicalize().unwrap()
+}
+
+/// How locum is installed, as `docs/operations.md` says it.
+fn installation() -> Vec<String> {
+    let text = fs::read_to_string(units().join("../docs/operations.md")).unwrap();
+    let section = text.split("## Install\n").nth(1).unwrap();
+    let block = section.split("```\n").nth(1).unwrap();
+    block.lines().map(|line| line.strip_prefix("# ").unwrap().to_owned()).collect()
+}
+
+/// A running system with locum installed.
+struct System {
+    /// The first process in there.
+    leader: u32,
+    nspawn: Process,
+    log: TempDir,
+    _files: TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// One at a time: they have one control group.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        // nspawn cleans up behind it, and would leave it alive if it were killed itself.
+        let leader = Pid::from_raw(self.leader.cast_signed()).unwrap();
+        let _ = rustix::process::kill_process(leader, Signal::KILL);
+        let _ = self.nspawn.0.wait();
+        // The groups that nspawn leaves to a unit that there is not.
+        let empty = "find /sys/fs/cgroup/*/payload -depth -type d -exec rmdir {} + 2>/dev/null";
+        let _ = Command::new("sh").args(["-c", empty]).status();
+    }
+}
+
+impl System {
+    fn boot() -> Self {
+        let alone = alone();
+        let (files, log) = (common::files(), tempfile::tempdir().unwrap());
+        let mut nspawn = Command::new("systemd-nspawn");
+        nspawn.arg("-D").arg(components::systemd()).args([
+            "--volatile=overlay",
+            "--register=no",
+            "--keep-unit",
+            "--boot",
+            "--console=pipe",
+            "--private-network",
+            "--capability=all",
+            CALLS,
+        ]);
+        nspawn.arg(format!("--machine=locum-{}", std::process::id()));
+        nspawn.arg(format!("--bind={}:/files", files.path().display()));
+        nspawn.arg(format!("--bind-ro={}:/source/target/release/locum", env!("CARGO_BIN_EXE_locum")));
+        nspawn.arg(format!("--bind-ro={}:/source/systemd", units().display()));
+        let said = fs::File::create(log.path().join("log")).unwrap();
+        nspawn.stdin(Stdio::null()).stderr(said.try_clone().unwrap()).stdout(said);
+        let nspawn = Process(nspawn.spawn().unwrap());
+        // Before it there is another, which sets it up.
+        let is_first = |pid: &u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.lines().any(|line| line.starts_with("NSpid:") && line.ends_with("\t1"))
+        };
+        let first = || common::children(nspawn.pid()).into_iter().find(is_first);
+        until("the first process", || first().is_some());
+        let system = Self { leader: first().unwrap(), nspawn, log, _files: files, _alone: alone };
+        until("a running system", || {
+            let state = system.inside("systemctl", &["is-system-running"]).output().unwrap();
+            state.stdout == b"running\n"
+        });
+        for step in installation() {
+            let output = system.inside("sh", &["-c", &format!("cd /source && {step}")]).output().unwrap();
+            assert!(output.status.success(), "{step}: {output:?}\n{}", system.journal());
+        }
+        system.settle([None, None]);
+        system
+    }
+
+    /// A command in there.
+    fn inside(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.leader.to_string(), "-m", "-p", "-u", "-i", "-n", "-C", program]);
+        command.args(args).stdin(Stdio::null()).env_remove("LOCUM_RUNTIME_DIR");
+        command
+    }
+
+    fn systemctl(&self, args: &[&str]) -> String {
+        let output = self.inside("systemctl", args).output().unwrap();
+        assert!(output.status.success(), "systemctl {args:?}: {output:?}\n{}", self.journal());
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// What the services said, without what the traffic's forged handles are to bring about.
+    fn journal(&self) -> String {
+        let journal = self.inside("journalctl", &["--no-pager", "-u", "locum-*"]).output().unwrap();
+        let console = fs::read_to_string(self.log.path().join("log")).unwrap_or_default();
+        let journal = String::from_utf8_lossy(&journal.stdout).into_owned();
+        let lines = console.lines().chain(journal.lines().filter(|line| !line.contains("WARN refused")));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// The main process of each service that is active, as it is numbered in there.
+    fn mains(&self) -> [Option<u32>; 2] {
+        SERVICES.map(|service| {
+            let shown = self.systemctl(&["show", service, "--property=ActiveState,MainPID", "--value"]);
+            let (pid, state) = shown.split_once('\n').unwrap();
+            (state == "active").then(|| pid.parse().unwrap())
+        })
+    }
+
+    fn traffic(&self, seconds: &str) -> Traffic {
+        let user = USER.to_string();
+        Traffic::start(self.inside(
+            "locum",
+            &[
+                "run",
+                "--export",
+                "/files",
+                "--user",
+                &user,
+                "--",
+                "/proc/self/exe",
+                "traffic",
+                "--json",
+                "--dir",
+                "/files",
+                "--threads",
+                "4",
+                "--seconds",
+                seconds,
+            ],
+        ))
+    }
+
+    fn status(&self) -> Option<Value> {
+        let output = self.inside("locum", &["status", "--json"]).output().unwrap();
+        output.status.success().then(|| serde_json::from_slice(&output.stdout).unwrap())
+    }
+
+    /// Waits until both have taken up their work, in processes of which those in `before` are none.
+    fn settle(&self, before: [Option<u32>; 2]) {
+        until("both services", || {
+            let mains = self.mains();
+            let is_there = |index: usize| mains[index].is_some_and(|_| mains[index] != before[index]);
+            (before[0].is_none() || is_there(0))
+                && (before[1].is_none() || is_there(1))
+                && mains.iter().all(Option::is_some)
+                && self.status().is_some_and(|status| status["monitor"]["pid"] == mains[1].unwrap())
+        });
+    }
+}
+
+#[test]
+fn nothing_is_lost_whatever_becomes_of_the_services() {
+    let system = System::boot();
+    let traffic = system.traffic("120");
+    until("calls", || traffic.number("calls") > 100);
+    let [keeper, monitor] = SERVICES;
+    let kill = |of: &[&'static str]| [&["kill", "--signal=KILL"], of].concat();
+    let restart = |of: &[&'static str]| [&["restart"], of].concat();
+    for (act, which) in [
+        (kill(&[monitor]), [false, true]),
+        (kill(&[keeper]), [true, false]),
+        (kill(&[keeper, monitor]), [true, true]),
+        (restart(&[monitor]), [false, true]),
+        (restart(&[keeper]), [true, false]),
+        (restart(&[keeper, monitor]), [true, true]),
+        (kill(&[keeper, monitor]), [true, true]),
+    ] {
+        let mains = system.mains();
+        let before = std::array::from_fn(|index| mains[index].filter(|_| which[index]));
+        system.systemctl(&act);
+        system.settle(before);
+        let calls = traffic.number("calls");
+        until("calls", || traffic.number("calls") > calls + 1000);
+        let report = traffic.report();
+        let lost = (&report["failed"], &report["wrong"]);
+        assert_eq!(lost, (&0.into(), &0.into()), "{act:?}: {report}\n{}", system.journal());
+    }
+}
+
+#[test]
+fn a_rootless_user_has_a_door_of_his_own() {
+    let system = System::boot();
+    let folder = "/etc/systemd/system/locum-keeper.service.d";
+    let more = format!(
+        "useradd -u 1000 tester && mkdir {folder} && printf '[Service]\\nSockets=locum-door@1000.socket\\n' >{folder}/doors.conf && systemctl daemon-reload"
+    );
+    components::run(&mut system.inside("sh", &["-c", &more]));
+    system.systemctl(&["enable", "--quiet", "locum-door@1000.socket"]);
+    system.systemctl(&["stop", "locum-control.socket", SERVICES[0]]);
+    system.systemctl(&["start", "locum-door@1000.socket", SERVICES[0]]);
+    let door = components::run(&mut system.inside("stat", &["-c", "%u %a", "/run/locum/oci-1000.sock"]));
+    assert_eq!(door.trim(), "1000 600");
+    assert!(system.journal().contains("the keeper is ready doors=2"), "{}", system.journal());
+}
+
+#[test]
+fn a_monitor_that_hangs_is_killed_and_replaced() {
+    let system = System::boot();
+    for service in SERVICES {
+        let folder = format!("/etc/systemd/system/{service}.d");
+        let shorter =
+            format!("mkdir -p {folder} && printf '[Service]\\nWatchdogSec=3\\n' >{folder}/shorter.conf");
+        components::run(&mut system.inside("sh", &["-c", &shorter]));
+    }
+    system.systemctl(&["daemon-reload"]);
+    system.systemctl(&["restart", SERVICES[0], SERVICES[1]]);
+    system.settle([None, None]);
+    let traffic = system.traffic("120");
+    until("calls", || traffic.number("calls") > 100);
+    for index in [1, 0] {
+        let mains = system.mains();
+        system.systemctl(&["kill", "--signal=STOP", SERVICES[index]]);
+        let before = std::array::from_fn(|other| mains[other].filter(|_| other == index));
+        system.settle(before);
+        let calls = traffic.number("calls");
+        until("calls", || traffic.number("calls") > calls + 1000);
+    }
+    let report = traffic.report();
+    assert_eq!((&report["failed"], &report["wrong"]), (&0.into(), &0.into()), "{}", system.journal());
+}
+
+#[test]
+fn the_services_have_no_more_than_they_need() {
+    let exposure = |service| {
+        let unit = units().join(service);
+        let said =
+            components::run(Command::new("systemd-analyze").args(["security", "--offline=true"]).arg(unit));
+        let line = said.lines().last().unwrap().to_owned();
+        let number = line.split_once(": ").unwrap().1.split_whitespace().next().unwrap();
+        number.parse::<f64>().unwrap_or_else(|_| panic!("{line}"))
+    };
+    assert!(exposure(SERVICES[0]) <= 2.0, "{}", exposure(SERVICES[0]));
+    let system = System::boot();
+    let status = |pid: u32| components::run(&mut system.inside("cat", &[&format!("/proc/{pid}/status")]));
+    let field = |status: &str, name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
+    };
+    let [keeper, monitor] = system.mains().map(|pid| status(pid.unwrap()));
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(field(&keeper, set), "0000000000000000", "the keeper's {set}");
+    }
+    assert_eq!(field(&keeper, "NoNewPrivs:"), "1");
+    // The filter is the one that the container's first process is under: the surgeon could not work under one of the unit's.
+    assert_eq!(field(&monitor, "Seccomp_filters:"), field(&status(1), "Seccomp_filters:"));
+    assert_eq!(field(&monitor, "CapBnd:"), "0000000000000000");
+}
