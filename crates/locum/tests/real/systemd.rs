@@ -231,6 +231,14 @@ fn a_monitor_that_hangs_is_killed_and_replaced() {
     system.settle([None, None]);
     let traffic = system.traffic("120");
     until("calls", || traffic.number("calls") > 100);
+    let mains = system.mains();
+    for service in SERVICES {
+        let heard =
+            || system.systemctl(&["show", service, "--property=WatchdogTimestampMonotonic", "--value"]);
+        let before = heard();
+        until("a sign of life", || heard() != before);
+    }
+    assert_eq!(system.mains(), mains, "they live, and are left alone\n{}", system.journal());
     for index in [1, 0] {
         let mains = system.mains();
         system.systemctl(&["kill", "--signal=STOP", SERVICES[index]]);
