@@ -248,17 +248,29 @@ const PROCMAP_QUERY: u64 = 3 << 30 | (size_of::<ProcmapQuery>() as u64) << 16 | 
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     fn own() -> (u32, AddressSpace) {
-        let proc = rustix::fs::open(c"/proc/self", OFlags::PATH, Mode::empty()).unwrap();
-        (std::process::id(), AddressSpace::open(&proc).unwrap())
+        (std::process::id(), of(std::process::id()))
     }
 
+    fn of(pid: u32) -> AddressSpace {
+        AddressSpace::open(&rustix::fs::open(format!("/proc/{pid}"), OFlags::PATH, Mode::empty()).unwrap()).unwrap()
+    }
+
+    /// Another process, since other tests' threads change the mappings of this one; it waits in a read, once it echoed.
     #[test]
     fn text_and_query_agree_on_every_mapping() {
-        let (_, space) = own();
-        for line in std::fs::read_to_string("/proc/self/maps").unwrap().lines() {
+        let mut quiet = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut input = quiet.stdin.take().unwrap();
+        input.write_all(b"\n").unwrap();
+        quiet.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+
+        let space = of(quiet.id());
+        for line in std::fs::read_to_string(format!("/proc/{}/maps", quiet.id())).unwrap().lines() {
             let (start, end, _) = parse_mapping(line.as_bytes()).unwrap();
             if line.ends_with("[vsyscall]") {
                 continue;
@@ -267,6 +279,8 @@ mod tests {
                 assert_eq!(space.writable_from(at), space.writable_from_text(at), "{line}");
             }
         }
+        drop(input);
+        assert!(quiet.wait().unwrap().success());
     }
 
     #[test]
