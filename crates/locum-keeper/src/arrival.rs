@@ -1,14 +1,15 @@
 //! One connection at a front door, until its message is whole.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, NotAListener};
+use locum_kernel::{Errno, socket};
 
 use crate::frame;
 use crate::limits::{Exceeded, LONGEST_STATE, MOST_DESCRIPTORS, PATIENCE, Use};
 use crate::protocol::Peer;
+use crate::snapshot::{ArrivalSnapshot, Inherited, Named, SnapshotError};
 use crate::state::{NotAnObject, Scanner, State};
 
 /// Why a connection brought nothing.
@@ -44,12 +45,6 @@ pub(crate) enum Refused {
     Read(#[from] Errno),
 }
 
-#[derive(Debug)]
-enum Descriptor {
-    Listener(Listener),
-    Foreign(OwnedFd, NotAListener),
-}
-
 /// What a connection brought.
 #[derive(Debug)]
 pub(crate) struct Brought {
@@ -69,7 +64,8 @@ pub(crate) struct Arrival {
     pub(crate) socket: OwnedFd,
     scanner: Scanner,
     bytes: Vec<u8>,
-    descriptors: Vec<Descriptor>,
+    /// All that came. What was no listener is not kept.
+    descriptors: Vec<Result<Listener, NotAListener>>,
     pub(crate) deadline: Option<Instant>,
 }
 
@@ -84,18 +80,19 @@ impl Arrival {
         Use { connections: 1, listeners: 0, descriptors, bytes: self.bytes.capacity() }
     }
 
-    /// Takes what has come, once. `None`: there is more to wait for.
-    pub(crate) fn read(&mut self) -> Result<Option<Brought>, Refused> {
+    /// Takes what has come, once. `None`: there is more to wait for. What is no listener goes into `foreign`: closing it may
+    /// take time.
+    pub(crate) fn read(&mut self, foreign: &mut Vec<OwnedFd>) -> Result<Option<Brought>, Refused> {
         let descriptors = &mut self.descriptors;
         let received = frame::receive(&self.socket, &mut self.bytes, |fd| {
-            descriptors.push(match Listener::recognise(fd.as_fd()) {
-                // Only what was just recognised fails here, and that does not.
-                Ok(()) => match Listener::try_from(fd) {
-                    Ok(listener) => Descriptor::Listener(listener),
-                    Err(_) => return,
-                },
-                Err(found) => Descriptor::Foreign(fd, found),
-            });
+            match Listener::recognise(fd.as_fd()) {
+                // What was just recognised is one.
+                Ok(()) => descriptors.push(Listener::try_from(fd)),
+                Err(found) => {
+                    descriptors.push(Err(found));
+                    foreign.push(fd);
+                }
+            }
         });
         let received = match received {
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
@@ -127,23 +124,16 @@ impl Arrival {
         let state: State = serde_json::from_str(&text)?;
         let came = self.descriptors.len();
         let mut listeners = Vec::new();
-        let mut rest = Vec::new();
         let mut refused = None;
         for (index, descriptor) in self.descriptors.drain(..).enumerate() {
-            let is_named = state.fds.get(index).is_some_and(|name| name == "seccompFd");
-            match descriptor {
-                Descriptor::Listener(listener) if is_named => listeners.push(listener),
-                // One that nobody asked for closes at once.
-                Descriptor::Listener(_) => {}
-                Descriptor::Foreign(fd, found) => {
-                    if is_named {
-                        refused.get_or_insert(Refused::NotAListener(index, found.clone()));
-                    }
-                    rest.push(Descriptor::Foreign(fd, found));
+            // One that nobody asked for closes at once.
+            if state.fds.get(index).is_some_and(|name| name == "seccompFd") {
+                match descriptor {
+                    Ok(listener) => listeners.push(listener),
+                    Err(found) => drop(refused.get_or_insert(Refused::NotAListener(index, found))),
                 }
             }
         }
-        self.descriptors = rest;
         let missing = state.fds.iter().enumerate().skip(came).find(|(_, name)| *name == "seccompFd");
         if let Some((index, _)) = missing {
             refused.get_or_insert(Refused::DescriptorMissing(index, came));
@@ -155,12 +145,43 @@ impl Arrival {
         }
     }
 
-    /// All that closing may take time.
-    pub(crate) fn remains(self) -> Vec<OwnedFd> {
-        let foreign = self.descriptors.into_iter().filter_map(|descriptor| match descriptor {
-            Descriptor::Foreign(fd, _) => Some(fd),
-            Descriptor::Listener(_) => None,
-        });
-        foreign.chain([self.socket]).collect()
+    /// For a keeper that goes on.
+    pub(crate) fn snapshot<'a>(&'a self, id: u64, named: &mut Named<'a>) -> ArrivalSnapshot {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let number = |descriptor: &'a Result<Listener, NotAListener>| match descriptor {
+            Ok(listener) => Ok(named.name(listener)),
+            Err(found) => Err(found.found.clone()),
+        };
+        ArrivalSnapshot {
+            id,
+            door: self.door,
+            descriptors: self.descriptors.iter().map(number).collect(),
+            socket: named.name(&self.socket),
+            bytes: self.bytes.clone(),
+            left_ms: left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+        }
+    }
+
+    /// Goes on from `snapshot`.
+    pub(crate) fn resume(snapshot: ArrivalSnapshot, from: &mut Inherited) -> Result<Self, SnapshotError> {
+        let socket = from.take(snapshot.socket, "a delivery's connection")?;
+        let peer =
+            socket::peer(&socket).map_err(|error| SnapshotError::Own("ask who delivers", error.into()))?;
+        let mut arrival = Self::new(snapshot.door, peer.into(), socket);
+        arrival.bytes = snapshot.bytes;
+        // It finds the end where the one before would have: each byte is looked at once more.
+        arrival
+            .scanner
+            .end(&arrival.bytes)
+            .map_err(|_| SnapshotError::Torn("what is no state is being read"))?;
+        for descriptor in snapshot.descriptors {
+            arrival.descriptors.push(match descriptor {
+                Ok(fd) => Ok(from.listener(fd)?),
+                Err(found) => Err(NotAListener { found }),
+            });
+        }
+        arrival.deadline =
+            snapshot.left_ms.and_then(|left| Instant::now().checked_add(Duration::from_millis(left)));
+        Ok(arrival)
     }
 }

@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::dir::RuntimeDir;
 use crate::frame::{self, FrameError, Inbox, Progress};
 use crate::protocol::{Delivery, FromKeeper, ListenerId, PROTOCOL, Report, Role, SessionId, ToKeeper};
+use crate::snapshot::RELEASE;
 
 /// How a monitor introduces itself.
 #[derive(Clone, Debug)]
@@ -80,9 +81,17 @@ pub enum ClientError {
     /// It does not talk to us.
     #[error("the keeper refuses: {0}")]
     Refused(String),
-    /// It went away in the middle of an introduction.
+    /// It went away before it answered.
     #[error("the keeper went away")]
     Gone,
+    /// It goes on as it is.
+    #[error("the keeper (pid {}, release {}) serves on as it is: {why}", keeper.pid, keeper.version)]
+    NotUpgraded {
+        /// Which.
+        keeper: KeeperHello,
+        /// In its words.
+        why: String,
+    },
     /// It says what cannot be understood.
     #[error("the keeper cannot be understood: {0}")]
     Misspoken(String),
@@ -234,11 +243,28 @@ impl Connection {
     }
 }
 
+/// Has the keeper of `dir` go on in `program`, an open file, which is started on copies first. Returns what it was and what it
+/// is then, two releases; an error in words of the keeper's own leaves it as it was.
+pub fn upgrade(dir: &RuntimeDir, program: BorrowedFd<'_>) -> Result<(KeeperHello, String), ClientError> {
+    let (connection, keeper) = observe(dir)?;
+    connection.send(&ToKeeper::Upgrade {}, &[program])?;
+    match connection.next()? {
+        Some((FromKeeper::Upgraded { version }, _)) => Ok((keeper, version)),
+        Some((FromKeeper::NotUpgraded { why }, _)) => Err(ClientError::NotUpgraded { keeper, why }),
+        Some((other, _)) => Err(ClientError::Misspoken(format!("wanted what became of it, found {other:?}"))),
+        None => Err(ClientError::Gone),
+    }
+}
+
+/// Connects to ask.
+fn observe(dir: &RuntimeDir) -> Result<(Connection, KeeperHello), ClientError> {
+    let hello = Hello { pid: std::process::id(), version: RELEASE.to_owned(), generation: None };
+    Connection::introduce(dir, Role::Observer, &hello)
+}
+
 /// Asks the keeper of `dir` how things are; if `when_monitored`, waits until there is a monitor.
 pub fn status(dir: &RuntimeDir, when_monitored: bool) -> Result<Report, ClientError> {
-    let version = env!("CARGO_PKG_VERSION").to_owned();
-    let hello = Hello { pid: std::process::id(), version, generation: None };
-    let (connection, _) = Connection::introduce(dir, Role::Observer, &hello)?;
+    let (connection, _) = observe(dir)?;
     connection.send(&ToKeeper::Status { when_monitored }, &[])?;
     match connection.next()? {
         Some((FromKeeper::Status(report), _)) => Ok(report),

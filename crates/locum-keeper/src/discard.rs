@@ -16,7 +16,7 @@ pub(crate) struct Discarder {
 }
 
 impl Discarder {
-    /// `wake`, an eventfd, is written to when a door may be served again.
+    /// `wake`, an eventfd, is written to when a door may be served again, and when nothing is left.
     pub(crate) fn start(wake: Arc<OwnedFd>) -> std::io::Result<Self> {
         let (to, from) = mpsc::channel::<Vec<OwnedFd>>();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -24,7 +24,7 @@ impl Discarder {
         std::thread::Builder::new().name("discard".into()).spawn(move || {
             for descriptors in from {
                 drop(descriptors);
-                if left.fetch_sub(1, Ordering::AcqRel) == MOST_DISCARDED {
+                if [1, MOST_DISCARDED].contains(&left.fetch_sub(1, Ordering::AcqRel)) {
                     // Full only if nobody has read it for 2^64 times.
                     let _ = rustix::io::write(&wake, &1u64.to_ne_bytes());
                 }
@@ -38,6 +38,11 @@ impl Discarder {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         // The thread lives as long as we do.
         let _ = self.to.send(descriptors);
+    }
+
+    /// Whether nothing waits to be closed or is being closed.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) == 0
     }
 
     /// Whether so much waits to be closed that its door should pause.

@@ -11,8 +11,8 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 /// The most descriptors that one sendmsg(2) may carry (`SCM_MAX_FD`).
 const MOST: usize = 253;
@@ -44,7 +44,7 @@ pub(crate) fn encode(message: &impl Serialize, descriptors: usize) -> Vec<u8> {
 }
 
 /// How much of a message has been sent.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Progress {
     bytes: usize,
     descriptors: usize,
@@ -115,8 +115,8 @@ pub(crate) type Message<T> = (T, Vec<OwnedFd>);
 /// What has come, and is not understood yet.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    bytes: Vec<u8>,
-    descriptors: VecDeque<OwnedFd>,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) descriptors: VecDeque<OwnedFd>,
 }
 
 impl Inbox {

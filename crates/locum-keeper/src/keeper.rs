@@ -1,9 +1,10 @@
 //! The keeper's loop: one thread that never blocks and takes one thing from each who has something, in turn.
 
 mod control;
+mod upgrade;
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,11 @@ use crate::limits::{self, Use};
 use crate::monitors::{Client, ClientId, Clients, Monitor, MonitorId, Sent, Standing};
 use crate::protocol::{Door, FromKeeper, ListenerId, Peer, SessionId};
 use crate::registry::Registry;
+use crate::snapshot::SnapshotError;
 use crate::sockets::{self, Sockets};
 use crate::systemd::{self, Heartbeat};
+use upgrade::Upgrade;
+pub use upgrade::{rehearse, resume};
 
 /// Whom the keeper becomes, user and group. Not nobody: whatever runs as the same user could signal the keeper, and
 /// nobody is whom many things run as. Nothing else should use this number.
@@ -35,6 +39,9 @@ pub enum KeeperError {
     /// Whoever wanted it is gone.
     #[error("the process that started the keeper is gone")]
     Orphaned,
+    /// What the keeper before left cannot be gone on from.
+    #[error("cannot go on from the keeper before: {0}")]
+    Snapshot(#[from] SnapshotError),
     /// The kernel's word on something of our own.
     #[error("cannot {0}: {1}")]
     Own(&'static str, std::io::Error),
@@ -42,9 +49,8 @@ pub enum KeeperError {
 
 /// Keeps, until `stop` can be read. With `starter`, it dies with that process, its parent.
 pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<(), KeeperError> {
-    let own = |what| move |error: Errno| KeeperError::Own(what, error.into());
     let owner = rustix::process::geteuid().as_raw();
-    let limit = confine::raise_descriptor_limit();
+    confine::raise_descriptor_limit();
     if owner == 0 {
         confine::drop_everything(KEEPER_ID, KEEPER_ID, &[]).map_err(KeeperError::Confine)?;
     }
@@ -53,55 +59,15 @@ pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<()
         let lives = confine::die_with_parent(starter).map_err(KeeperError::Confine)?;
         lives.then_some(()).ok_or(KeeperError::Orphaned)?;
     }
-    let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let wake = Arc::new(wake.map_err(own("make an eventfd"))?);
-    let users = sockets.doors.len() - 1;
-    let table = usize::try_from(limit.unwrap_or(1 << 20)).unwrap_or(usize::MAX);
-    sockets::unblock(sockets.control.as_fd()).map_err(own("prepare the control socket"))?;
-    let mut doors = Vec::new();
-    for (door, socket) in &sockets.doors {
-        sockets::unblock(socket.as_fd()).map_err(own("prepare a door"))?;
-        let discarder = Discarder::start(Arc::clone(&wake));
-        let discarder = discarder.map_err(|error| KeeperError::Own("start a thread", error))?;
-        let limit = Use::limit(*door, table, users);
-        let owner = if let Door::User(uid) = door { *uid } else { owner };
-        doors.push(FrontDoor {
-            door: *door,
-            owner,
-            limit,
-            discarder,
-            complaints: Complaints::new(),
-            was_full: false,
-        });
-    }
-    let mut keeper = Keeper {
-        sockets,
-        doors,
-        wake,
-        owner,
-        arrivals: BTreeMap::new(),
-        clients: Clients::default(),
-        registry: Registry::default(),
-        leases: Leases::default(),
-        next: 0,
-        turned_away: 0,
-        no_accept_before: None,
-        no_send_before: None,
-        heartbeat: Heartbeat::start(),
-    };
+    let mut keeper = Keeper::new(sockets, owner)?;
     tracing::info!(doors = keeper.doors.len(), "the keeper is ready");
     systemd::tell(NotifyState::Ready);
-    loop {
-        match keeper.wait(stop.as_fd()) {
-            Ok(ready) if ready.contains(&Source::Stop) => return Ok(()),
-            Ok(ready) => ready.into_iter().for_each(|source| keeper.serve(source)),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(KeeperError::Own("wait", error.into())),
-        }
-        keeper.refuse_slow();
-        keeper.flush();
-        keeper.heartbeat.beat();
-    }
+    keeper.keep(stop.as_fd())
+}
+
+fn is_readable(fd: impl AsFd) -> bool {
+    let mut poll = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+    rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// A door as it is served.
@@ -120,6 +86,7 @@ struct FrontDoor {
 enum Source {
     Stop,
     Wake,
+    Rehearsal,
     Door(usize),
     Control,
     Arrival(u64),
@@ -143,9 +110,62 @@ struct Keeper {
     no_accept_before: Option<Instant>,
     no_send_before: Option<Instant>,
     heartbeat: Heartbeat,
+    upgrade: Option<Upgrade>,
 }
 
 impl Keeper {
+    /// One that has nothing yet but its sockets.
+    fn new(sockets: Sockets, owner: u32) -> Result<Self, KeeperError> {
+        let own = |what| move |error: Errno| KeeperError::Own(what, error.into());
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let wake = Arc::new(wake.map_err(own("make an eventfd"))?);
+        let users = sockets.doors.len().saturating_sub(1);
+        let table = usize::try_from(confine::descriptor_limit().unwrap_or(1 << 20)).unwrap_or(usize::MAX);
+        sockets::unblock(sockets.control.as_fd()).map_err(own("prepare the control socket"))?;
+        let mut doors = Vec::new();
+        for (door, socket) in &sockets.doors {
+            sockets::unblock(socket.as_fd()).map_err(own("prepare a door"))?;
+            let discarder = Discarder::start(Arc::clone(&wake));
+            let discarder = discarder.map_err(|error| KeeperError::Own("start a thread", error))?;
+            let limit = Use::limit(*door, table, users);
+            let owner = if let Door::User(uid) = door { *uid } else { owner };
+            let (door, complaints) = (*door, Complaints::new());
+            doors.push(FrontDoor { door, owner, limit, discarder, complaints, was_full: false });
+        }
+        Ok(Self {
+            sockets,
+            doors,
+            wake,
+            owner,
+            arrivals: BTreeMap::new(),
+            clients: Clients::default(),
+            registry: Registry::default(),
+            leases: Leases::default(),
+            next: 0,
+            turned_away: 0,
+            no_accept_before: None,
+            no_send_before: None,
+            heartbeat: Heartbeat::start(),
+            upgrade: None,
+        })
+    }
+
+    /// Keeps, until `stop` can be read.
+    fn keep(&mut self, stop: BorrowedFd<'_>) -> Result<(), KeeperError> {
+        loop {
+            match self.wait(stop) {
+                Ok(ready) if ready.contains(&Source::Stop) => return Ok(()),
+                Ok(ready) => ready.into_iter().for_each(|source| self.serve(source)),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(KeeperError::Own("wait", error.into())),
+            }
+            self.refuse_slow();
+            self.go_on_upgrading(stop);
+            self.flush();
+            self.heartbeat.beat();
+        }
+    }
+
     /// Waits until someone has something.
     fn wait(&mut self, stop: impl AsFd) -> Result<Vec<Source>, Errno> {
         let now = Instant::now();
@@ -161,18 +181,23 @@ impl Keeper {
             sources.push(source);
             polls.push(PollFd::from_borrowed_fd(fd, events));
         };
-        let pauses = [self.no_accept_before, self.no_send_before, self.heartbeat.due()];
+        let upgrade = self.upgrade.as_ref();
+        if let Some(process) = upgrade.and_then(Upgrade::process) {
+            add(Source::Rehearsal, process, PollFlags::IN);
+        }
+        let upgrade_due = upgrade.map(|upgrade| upgrade.until);
+        let pauses = [self.no_accept_before, self.no_send_before, self.heartbeat.due(), upgrade_due];
         let mut until = pauses.into_iter().flatten().min();
         if self.no_accept_before.is_none() {
             for (index, (_, socket)) in self.sockets.doors.iter().enumerate() {
-                if !self.doors[index].discarder.is_full() {
+                if self.is_open(index) {
                     add(Source::Door(index), socket.as_fd(), PollFlags::IN);
                 }
             }
             add(Source::Control, self.sockets.control.as_fd(), PollFlags::IN);
         }
         for (id, arrival) in &self.arrivals {
-            if !self.doors[arrival.door].discarder.is_full() {
+            if self.is_open(arrival.door) {
                 add(Source::Arrival(*id), arrival.socket.as_fd(), PollFlags::IN);
             }
             until = until.into_iter().chain(arrival.deadline).min();
@@ -202,13 +227,21 @@ impl Keeper {
         Ok(ready.map(|(source, _)| source).collect())
     }
 
+    /// Whether what comes at the door `index` is taken in, and not left waiting.
+    fn is_open(&self, index: usize) -> bool {
+        let discarder = &self.doors[index].discarder;
+        let pauses = self.upgrade.as_ref().is_some_and(Upgrade::wants_quiet) && !discarder.is_idle();
+        !pauses && !discarder.is_full()
+    }
+
     fn serve(&mut self, source: Source) {
         match source {
-            Source::Stop => {}
+            // What becomes of a rehearsal is looked at in each round.
+            Source::Stop | Source::Rehearsal => {}
             Source::Wake => {
                 // What it counts does not matter.
                 let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
-                self.doors.iter_mut().for_each(|door| door.was_full = false);
+                self.doors.iter_mut().for_each(|door| door.was_full &= door.discarder.is_full());
             }
             Source::Door(index) => self.accept_arrival(index),
             Source::Control => self.accept_client(),
@@ -242,10 +275,10 @@ impl Keeper {
     fn accept_arrival(&mut self, index: usize) {
         let Some((accepted, peer)) = self.accept(Some(index)) else { return };
         let door = &mut self.doors[index];
-        let peer = Peer { uid: peer.uid, gid: peer.gid, pid: peer.pid };
+        let peer = Peer::from(peer);
         if peer.uid != door.owner {
             door.complaints.say(door.door, peer, &format!("only uid {} may come here", door.owner));
-            return door.discarder.discard(vec![accepted]);
+            return door.discard(vec![accepted]);
         }
         let arrival = Arrival::new(index, peer, accepted);
         let mut used = self.used(index);
@@ -269,7 +302,12 @@ impl Keeper {
     fn read_arrival(&mut self, id: u64) {
         let Some(mut arrival) = self.arrivals.remove(&id) else { return };
         let index = arrival.door;
-        let brought = match arrival.read() {
+        let mut foreign = Vec::new();
+        let read = arrival.read(&mut foreign);
+        if !foreign.is_empty() {
+            self.doors[index].discard(foreign);
+        }
+        let brought = match read {
             Ok(Some(brought)) => brought,
             Ok(None) => {
                 let mut used = self.used(index);
@@ -298,7 +336,7 @@ impl Keeper {
             let why = "more came behind the state on one connection and is refused";
             self.doors[index].complaints.say(door, peer, why);
         }
-        self.doors[index].discard(arrival);
+        self.doors[index].discard(vec![arrival.socket]);
         let admitted = self.registry.admit(door, peer, &brought.state, &brought.text, brought.listeners);
         let (session, admitted) = match admitted {
             Ok(admitted) => admitted,
@@ -323,7 +361,7 @@ impl Keeper {
         if matches!(why, Refused::Exceeded(_)) {
             self.turned_away += 1;
         }
-        door.discard(arrival);
+        door.discard(vec![arrival.socket]);
     }
 
     fn refuse_slow(&mut self) {
@@ -400,9 +438,9 @@ impl Keeper {
 }
 
 impl FrontDoor {
-    /// Closes a connection and what is left of what it brought.
-    fn discard(&mut self, arrival: Arrival) {
-        self.discarder.discard(arrival.remains());
+    /// Closes what a stranger sent, or the connection on which it did.
+    fn discard(&mut self, descriptors: Vec<OwnedFd>) {
+        self.discarder.discard(descriptors);
         if self.discarder.is_full() && !self.was_full {
             self.was_full = true;
             tracing::warn!("{} pauses: closing what came through it takes long", self.door);

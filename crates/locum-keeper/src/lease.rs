@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 /// Monitors in the order in which they came, and who holds what. At most one monitor holds a session; as long as any
 /// monitor is there, every session is held.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Leases<M, S: Ord> {
     line: Vec<M>,
     held: BTreeMap<S, Option<M>>,

@@ -16,10 +16,12 @@ mod limits;
 mod monitors;
 pub mod protocol;
 mod registry;
+mod snapshot;
 mod sockets;
 mod state;
 pub mod systemd;
 
 pub use dir::RuntimeDir;
-pub use keeper::{KeeperError, run};
+pub use keeper::{KeeperError, rehearse, resume, run};
+pub use snapshot::SnapshotError;
 pub use sockets::{SocketError, Sockets};

@@ -8,16 +8,21 @@ use locum_kernel::Errno;
 use locum_kernel::socket::{self, Peer};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, Inbox, Progress};
 use crate::protocol::{FromKeeper, ListenerId};
 use crate::registry::Registry;
+use crate::snapshot::{
+    ClientSnapshot, Inherited, MonitorSnapshot, Named, SendingSnapshot, Snapshot, SnapshotError,
+};
 
 pub(crate) type ClientId = u64;
 pub(crate) type MonitorId = u64;
 
 /// What a client is to us.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Standing {
     /// It has not said yet.
     Unknown,
@@ -25,14 +30,17 @@ pub(crate) enum Standing {
     Observer,
     /// It asked, and wants to hear when there is a monitor.
     Waiting,
+    /// It wants to hear what became of the upgrade that it asked for.
+    Upgrading,
     Monitor(MonitorId),
     /// It gets what is queued, and then is let go.
     Leaving,
 }
 
 /// What a client is to be told. Leases are looked up when their turn comes, so that a queue holds no descriptor.
-#[derive(Debug)]
-enum Item {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Item {
     Message(FromKeeper),
     Lease(ListenerId),
 }
@@ -69,6 +77,45 @@ impl Client {
     pub(crate) fn new(socket: OwnedFd, peer: Peer) -> Self {
         let (queue, standing) = (VecDeque::new(), Standing::Unknown);
         Self { socket, peer, inbox: Inbox::default(), standing, queue, sending: None }
+    }
+
+    /// For a keeper that goes on.
+    fn snapshot<'a>(&'a self, id: ClientId, named: &mut Named<'a>) -> ClientSnapshot {
+        let sending = self.sending.as_ref().map(|sending| SendingSnapshot {
+            bytes: sending.bytes.clone(),
+            descriptors: sending.descriptors.iter().map(|fd| named.name(fd)).collect(),
+            progress: sending.progress,
+        });
+        ClientSnapshot {
+            id,
+            socket: named.name(&self.socket),
+            bytes: self.inbox.bytes.clone(),
+            descriptors: self.inbox.descriptors.iter().map(|fd| named.name(fd)).collect(),
+            standing: self.standing,
+            queue: self.queue.iter().cloned().collect(),
+            sending,
+        }
+    }
+
+    fn resume(snapshot: ClientSnapshot, from: &mut Inherited) -> Result<Self, SnapshotError> {
+        let socket = from.take(snapshot.socket, "a client's connection")?;
+        let peer =
+            socket::peer(&socket).map_err(|error| SnapshotError::Own("ask who a client is", error.into()))?;
+        let mut client = Self::new(socket, peer);
+        client.inbox.bytes = snapshot.bytes;
+        for fd in snapshot.descriptors {
+            client.inbox.descriptors.push_back(from.take(fd, "what a client sent")?);
+        }
+        client.standing = snapshot.standing;
+        client.queue = snapshot.queue.into();
+        if let Some(SendingSnapshot { bytes, descriptors, progress }) = snapshot.sending {
+            let descriptors = descriptors
+                .into_iter()
+                .map(|fd| from.share(fd, "what a client is sent"))
+                .collect::<Result<_, _>>()?;
+            client.sending = Some(Sending { bytes, descriptors, progress });
+        }
+        Ok(client)
     }
 
     pub(crate) fn tell(&mut self, message: FromKeeper) {
@@ -162,8 +209,8 @@ pub(crate) struct Clients {
     pub(crate) all: BTreeMap<ClientId, Client>,
     pub(crate) monitors: BTreeMap<MonitorId, Monitor>,
     /// The highest generation seen.
-    generation: u64,
-    next: MonitorId,
+    pub(crate) generation: u64,
+    pub(crate) next: MonitorId,
 }
 
 impl Clients {
@@ -189,6 +236,37 @@ impl Clients {
         client.standing = Standing::Monitor(monitor);
         self.monitors.insert(monitor, Monitor { client: Some(id), process, pid, version, generation });
         Some((monitor, generation))
+    }
+
+    /// Puts all of them into `snapshot`, for a keeper that goes on.
+    pub(crate) fn snapshot<'a>(
+        &'a self,
+        named: &mut Named<'a>,
+    ) -> (Vec<ClientSnapshot>, Vec<MonitorSnapshot>) {
+        let clients = self.all.iter().map(|(id, client)| client.snapshot(*id, named)).collect();
+        let monitor = |(id, monitor): (&MonitorId, &'a Monitor)| MonitorSnapshot {
+            id: *id,
+            client: monitor.client,
+            process: monitor.process.as_ref().map(|process| named.name(process)),
+            pid: monitor.pid,
+            version: monitor.version.clone(),
+            generation: monitor.generation,
+        };
+        (clients, self.monitors.iter().map(monitor).collect())
+    }
+
+    /// Goes on from `snapshot`, and takes its part of it.
+    pub(crate) fn resume(snapshot: &mut Snapshot, from: &mut Inherited) -> Result<Self, SnapshotError> {
+        let mut clients =
+            Self { generation: snapshot.generation, next: snapshot.latest_monitor, ..Self::default() };
+        for client in snapshot.clients.drain(..) {
+            clients.all.insert(client.id, Client::resume(client, from)?);
+        }
+        for MonitorSnapshot { id, client, process, pid, version, generation } in snapshot.monitors.drain(..) {
+            let process = process.map(|process| from.take(process, "a monitor's process")).transpose()?;
+            clients.monitors.insert(id, Monitor { client, process, pid, version, generation });
+        }
+        Ok(clients)
     }
 
     /// The connection to `monitor`, if there is one.

@@ -67,6 +67,12 @@ pub struct Peer {
     pub pid: u32,
 }
 
+impl From<locum_kernel::socket::Peer> for Peer {
+    fn from(peer: locum_kernel::socket::Peer) -> Self {
+        Self { uid: peer.uid, gid: peer.gid, pid: peer.pid }
+    }
+}
+
 /// All that is known of a listener.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delivery {
@@ -109,6 +115,8 @@ pub(crate) enum ToKeeper {
     Status {
         when_monitored: bool,
     },
+    /// With the program, to go on in: answered when it does, or does not.
+    Upgrade {},
 }
 
 /// What a hello of any version holds.
@@ -130,7 +138,7 @@ pub(crate) enum Role {
 }
 
 /// What the keeper says.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FromKeeper {
     Hello {
@@ -151,6 +159,12 @@ pub(crate) enum FromKeeper {
         listener: ListenerId,
     },
     Status(Report),
+    Upgraded {
+        version: String,
+    },
+    NotUpgraded {
+        why: String,
+    },
 }
 
 /// What the keeper knows.
@@ -201,24 +215,24 @@ pub struct SessionReport {
     pub listeners: usize,
 }
 
+/// Whether all that `old` says stands in `new` too.
+#[cfg(test)]
+pub(crate) fn is_within(old: &serde_json::Value, new: &serde_json::Value) -> bool {
+    use serde_json::Value;
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => {
+            old.iter().all(|(name, old)| new.get(name).is_some_and(|new| is_within(old, new)))
+        }
+        (Value::Array(old), Value::Array(new)) => {
+            old.len() == new.len() && old.iter().zip(new).all(|(old, new)| is_within(old, new))
+        }
+        _ => old == new,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
-
-    /// Whether all that `old` says stands in `new` too.
-    fn is_within(old: &Value, new: &Value) -> bool {
-        match (old, new) {
-            (Value::Object(old), Value::Object(new)) => {
-                old.iter().all(|(name, old)| new.get(name).is_some_and(|new| is_within(old, new)))
-            }
-            (Value::Array(old), Value::Array(new)) => {
-                old.len() == new.len() && old.iter().zip(new).all(|(old, new)| is_within(old, new))
-            }
-            _ => old == new,
-        }
-    }
 
     /// What a release said, as it was: this one understands it, and says as much.
     #[test]

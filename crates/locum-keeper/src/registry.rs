@@ -7,13 +7,15 @@ use std::rc::Rc;
 use locum_kernel::Errno;
 use locum_kernel::notify::Listener;
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
 
 use crate::limits::{LONGEST_NAME, Use};
 use crate::protocol::{Delivery, Door, ListenerId, Peer, SessionId, SessionReport};
+use crate::snapshot::{HeldSnapshot, Inherited, Named, Snapshot, SnapshotError};
 use crate::state::State;
 
 /// What makes two deliveries one session.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Key {
     door: Door,
     uid: u32,
@@ -27,8 +29,9 @@ impl Key {
     }
 }
 
-#[derive(Debug)]
-struct Session {
+/// A session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Session {
     key: Key,
     pid: u32,
     /// Of its first delivery.
@@ -51,8 +54,8 @@ pub(crate) struct Held {
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pub(crate) listeners: BTreeMap<ListenerId, Held>,
-    sessions: BTreeMap<SessionId, Session>,
-    sequence: u64,
+    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) sequence: u64,
 }
 
 impl Registry {
@@ -158,6 +161,39 @@ impl Registry {
             used.add(Use { connections: 0, listeners: 1, descriptors, bytes });
         }
         used
+    }
+
+    /// The listeners, for a keeper that goes on.
+    pub(crate) fn snapshot<'a>(&'a self, named: &mut Named<'a>) -> Vec<HeldSnapshot> {
+        let held = |held: &'a Held| HeldSnapshot {
+            delivery: held.delivery.clone(),
+            listener: named.name(&held.listener),
+            parks: held
+                .parks
+                .iter()
+                .map(|(slot, ends)| (*slot, ends.each_ref().map(|end| named.name(end))))
+                .collect(),
+        };
+        self.listeners.values().map(held).collect()
+    }
+
+    /// Goes on from `snapshot`, and takes its part of it.
+    pub(crate) fn resume(snapshot: &mut Snapshot, from: &mut Inherited) -> Result<Self, SnapshotError> {
+        let (sessions, sequence) = (std::mem::take(&mut snapshot.sessions), snapshot.sequence);
+        let mut listeners = BTreeMap::new();
+        for HeldSnapshot { delivery, listener, parks } in snapshot.listeners.drain(..) {
+            let is_known = |session: &Session| session.listeners.contains(&delivery.listener);
+            if !sessions.get(&delivery.session).is_some_and(is_known) {
+                return Err(SnapshotError::Torn("a listener of no session"));
+            }
+            let listener = from.share_listener(listener)?;
+            let mut held = Held { delivery, listener, parks: BTreeMap::new() };
+            for (slot, [near, far]) in parks {
+                held.parks.insert(slot, [from.share(near, "a park")?, from.share(far, "a park")?]);
+            }
+            listeners.insert(held.delivery.listener, held);
+        }
+        Ok(Self { listeners, sessions, sequence })
     }
 
     pub(crate) fn report(&self) -> Vec<SessionReport> {

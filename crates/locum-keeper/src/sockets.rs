@@ -19,7 +19,7 @@ use crate::protocol::Door;
 pub struct Sockets {
     pub(crate) doors: Vec<(Door, OwnedFd)>,
     pub(crate) control: OwnedFd,
-    lock: OwnedFd,
+    pub(crate) lock: OwnedFd,
 }
 
 /// Why there are none.

@@ -49,12 +49,16 @@ pub fn die_with_parent(parent: u32) -> Result<bool, Errno> {
     Ok(now == parent)
 }
 
-/// Raises the process's limit of descriptors as far as it may, and returns it; `None`: there is none.
-pub fn raise_descriptor_limit() -> Option<u64> {
+/// Raises the process's limit of descriptors as far as it may.
+pub fn raise_descriptor_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     // Refused only if the hard limit changed meanwhile; then the soft one stays.
     let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-    limit.maximum
+}
+
+/// How many descriptors the process may have; `None`: there is no limit.
+pub fn descriptor_limit() -> Option<u64> {
+    rustix::process::getrlimit(Resource::Nofile).current
 }
 
 /// Keeps other processes of the same user from tracing this one or reading its descriptors. A change of ids resets

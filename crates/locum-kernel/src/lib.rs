@@ -20,6 +20,7 @@ pub mod mapping;
 pub mod memory;
 pub mod notify;
 pub mod process;
+pub mod program;
 pub mod ptrace;
 pub mod signal;
 pub mod socket;

@@ -258,7 +258,8 @@ mod tests {
     }
 
     fn of(pid: u32) -> AddressSpace {
-        AddressSpace::open(&rustix::fs::open(format!("/proc/{pid}"), OFlags::PATH, Mode::empty()).unwrap()).unwrap()
+        AddressSpace::open(&rustix::fs::open(format!("/proc/{pid}"), OFlags::PATH, Mode::empty()).unwrap())
+            .unwrap()
     }
 
     /// Another process, since other tests' threads change the mappings of this one; it waits in a read, once it echoed.

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::{Ground, Process, Traffic, until};
+use common::{Ground, Process, Random, Traffic, until};
 use serde_json::Value;
 
 /// One variant at a time: they would take the processors from each other.
@@ -19,28 +19,6 @@ fn alone() -> MutexGuard<'static, ()> {
 
 fn seconds(default: u64) -> u64 {
     std::env::var("LOCUM_CHAOS_SECONDS").map_or(default, |text| text.parse().unwrap())
-}
-
-/// xorshift64*: only variety is wanted, and the same again for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = std::env::var("LOCUM_CHAOS_SEED").map_or_else(
-            |_| u64::from(std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos()) | 1,
-            |text| text.parse().unwrap(),
-        );
-        println!("LOCUM_CHAOS_SEED={seed}");
-        Self(seed)
-    }
-
-    fn micros(&mut self, from: u64, to: u64) -> Duration {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let random = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        Duration::from_micros(from + random % (to - from))
-    }
 }
 
 /// Fails, with all there is to see, if no call returns for five seconds, or one of them does not.

@@ -13,9 +13,8 @@ use crate::protocol::{
     AnyHello, Delivery, Door, FromKeeper, KeeperReport, ListenerId, MonitorReport, PROTOCOL, Report, Role,
     ToKeeper,
 };
+use crate::snapshot::RELEASE;
 use crate::state::State;
-
-const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Why a client is not listened to any longer.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +67,8 @@ impl Keeper {
     pub(super) fn let_go(&mut self, id: ClientId) {
         let Some(client) = self.clients.all.remove(&id) else { return };
         if let Standing::Monitor(monitor) = client.standing {
-            // Closed before anyone else is told: if it lives, it must know.
+            // Before anyone else is told: if it lives, it must know, even while a rehearsal has a copy of the socket.
+            let _ = rustix::net::shutdown(&client.socket, rustix::net::Shutdown::Both);
             drop(client);
             if let Some(known) = self.clients.monitors.get_mut(&monitor) {
                 known.client.take_if(|client| *client == id);
@@ -94,7 +94,7 @@ impl Keeper {
         let AnyHello { hello } = serde_json::from_slice(bytes)?;
         if hello.protocol > PROTOCOL {
             let why = format!(
-                "this keeper (locum {VERSION}) speaks protocol {PROTOCOL} and was addressed in {}; upgrade the keeper first",
+                "this keeper (locum {RELEASE}) speaks protocol {PROTOCOL} and was addressed in {}; upgrade the keeper first",
                 hello.protocol
             );
             tracing::warn!(pid = client.peer.pid, "refused at keeper.sock: {why}");
@@ -118,7 +118,7 @@ impl Keeper {
             }
         };
         if let Some(client) = self.clients.all.get_mut(&id) {
-            let (pid, version) = (std::process::id(), VERSION.to_owned());
+            let (pid, version) = (std::process::id(), RELEASE.to_owned());
             client.tell(FromKeeper::Hello { protocol: PROTOCOL, pid, version, generation });
         }
         if let Some(monitor) = monitor {
@@ -158,6 +158,13 @@ impl Keeper {
             }
             (ToKeeper::Fill { delivery, slots }, Standing::Monitor(monitor)) => {
                 self.fill(monitor, delivery, &slots, descriptors)
+            }
+            (ToKeeper::Upgrade {}, Standing::Observer) => {
+                let found = descriptors.len();
+                let [program] = <[OwnedFd; 1]>::try_from(descriptors)
+                    .map_err(|_| Misspoken::Descriptors { wanted: 1, found })?;
+                self.begin_upgrade(id, program);
+                Ok(())
             }
             _ => Err(Misspoken::OutOfTurn),
         }
@@ -238,7 +245,7 @@ impl Keeper {
         });
         let keeper = KeeperReport {
             pid: std::process::id(),
-            version: VERSION.to_owned(),
+            version: RELEASE.to_owned(),
             turned_away: self.turned_away,
         };
         Report { keeper, monitor, sessions: self.registry.report() }

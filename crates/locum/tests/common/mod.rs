@@ -52,6 +52,33 @@ pub(crate) fn until_within(limit: Duration, what: &str, mut done: impl FnMut() -
     }
 }
 
+/// xorshift64*: only variety is wanted, and the same again for the same seed.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new() -> Self {
+        let seed = std::env::var("LOCUM_CHAOS_SEED").map_or_else(
+            |_| u64::from(std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos()) | 1,
+            |text| text.parse().unwrap(),
+        );
+        println!("LOCUM_CHAOS_SEED={seed}");
+        Self(seed)
+    }
+
+    pub(crate) fn micros(&mut self, from: u64, to: u64) -> Duration {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let random = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
+        Duration::from_micros(from + random % (to - from))
+    }
+
+    /// Another one, for another thread.
+    pub(crate) fn split(&mut self) -> Self {
+        Self(u64::try_from(self.micros(0, u64::from(u32::MAX)).as_micros()).unwrap() | 1)
+    }
+}
+
 /// A process that ends with its owner.
 pub(crate) struct Process(pub(crate) Child);
 
@@ -125,9 +152,14 @@ impl Ground {
     }
 
     pub(crate) fn status(&self) -> Value {
+        self.try_status().unwrap()
+    }
+
+    /// What the keeper says, if there is one.
+    pub(crate) fn try_status(&self) -> Result<Value, String> {
         let out = locum(&["status", "--json", "--runtime-dir", self.path()]).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        serde_json::from_slice(&out.stdout).unwrap()
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        out.status.success().then(|| serde_json::from_slice(&out.stdout).unwrap()).ok_or(said)
     }
 
     pub(crate) fn log_tail(&self) -> String {
