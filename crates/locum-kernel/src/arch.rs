@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use std::sync::OnceLock;
 
 use crate::notify::Notification;
+use crate::stack::Room;
 
 /// The `AUDIT_ARCH_*` value that seccomp reports for native 64-bit calls (`linux/audit.h`).
 pub const AUDIT_ARCH: u32 = 0xc000_003e;
@@ -47,6 +48,21 @@ impl Registers {
     /// Whether they are a 64-bit program's.
     pub(crate) fn are_wide(&self) -> bool {
         self.0.cs == CODE_64
+    }
+
+    /// Where the stack points.
+    pub(crate) fn stack_pointer(&self) -> u64 {
+        self.0.rsp
+    }
+
+    /// Below this address nothing on the stack is the program's. `None`: it points to no stack.
+    pub(crate) fn free_below(&self) -> Option<u64> {
+        self.0.rsp.checked_sub(RED_ZONE)
+    }
+
+    /// What the thread's own variables are found by.
+    pub(crate) fn thread_pointer(&self) -> u64 {
+        self.0.fs_base
     }
 
     /// The call that the thread is in or has just made, and its result.
@@ -133,13 +149,18 @@ pub struct State<'a> {
 }
 
 impl Chain {
-    /// For a thread that was found stopped in `state`. `None`: there is no room below its stack pointer, or the kernel lays
-    /// out the vector unit in a way that is not known here.
-    pub fn take_in(state: &State<'_>, gadgets: Gadgets, socket: i32, close_on_exec: bool) -> Option<Self> {
+    /// For a thread that was found stopped in `state`, in `room`. `None`: that is too little, or the kernel lays out the vector unit
+    /// in a way that is not known here.
+    pub fn take_in(
+        state: &State<'_>,
+        room: Room,
+        gadgets: Gadgets,
+        socket: i32,
+        close_on_exec: bool,
+    ) -> Option<Self> {
         let extended = frame_of(state.extended)?;
         let own = state.registers.0;
-        let top = own.rsp.checked_sub(RED_ZONE + extended.len() as u64)? & !63;
-        let base = top.checked_sub(size_of::<Image>() as u64)? & !63;
+        let (base, top) = room.hold(size_of::<Image>(), extended.len())?;
         let at = |offset: usize| base + offset as u64;
         let frame = |index: usize| at(offset_of!(Image, frames) + index * size_of::<Frame>());
         let socket = u64::from(socket.cast_unsigned());
@@ -198,6 +219,7 @@ impl Installation {
     /// [`Chain::take_in`].
     pub fn of(
         state: &State<'_>,
+        room: Room,
         gadgets: Gadgets,
         program: &[libc::sock_filter],
         flags: libc::c_ulong,
@@ -206,10 +228,8 @@ impl Installation {
         const PROLOGUE: usize = 2;
         let extended = frame_of(state.extended)?;
         let own = state.registers.resumed().0;
-        let stack = state.registers.0.rsp;
-        let top = stack.checked_sub(RED_ZONE + extended.len() as u64)? & !63;
         let length = 4 * size_of::<Frame>() + PROLOGUE * 8 + program.len() * 8;
-        let base = top.checked_sub(length as u64)? & !63;
+        let (base, top) = room.hold(length, extended.len())?;
         let frame = |index: usize| base + (index * size_of::<Frame>()) as u64;
         let set = [libc::PR_SET_NO_NEW_PRIVS, 1, 0].map(|word| u64::from(word.cast_unsigned()));
         // Without the wish, it asks what the flag is: a call that changes nothing.
@@ -236,6 +256,16 @@ impl Installation {
             registers: head(state.registers.0, gadgets, frame(0)),
             close,
         })
+    }
+}
+
+impl Room {
+    /// Where `image` bytes, and behind them `extended` bytes of a vector unit's state, lie at its far end, each where a signal
+    /// frame wants it.
+    fn hold(self, image: usize, extended: usize) -> Option<(u64, u64)> {
+        let top = self.to.checked_sub(extended as u64)? & !63;
+        let base = top.checked_sub(image as u64)? & !63;
+        (base >= self.from).then_some((base, top))
     }
 }
 

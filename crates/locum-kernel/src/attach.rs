@@ -8,14 +8,16 @@ use std::os::fd::RawFd;
 use std::time::Duration;
 
 use crate::Errno;
-use crate::arch::{Gadgets, Installation, State};
+use crate::arch::{Gadgets, Installation, Registers, State};
 use crate::fault::die_at;
 use crate::filter::Filter;
-use crate::hand_over::{EXTENDED, Unfit, prepare, still_there, write};
+use crate::hand_over::{EXTENDED, Unfit, prepare, write};
+use crate::memory::AddressSpace;
 use crate::notify::Listener;
 use crate::process::Thread;
 use crate::ptrace::{Seized, Stop, Stopped};
-use crate::verdict::{Action, of_call};
+use crate::stack::{self, Room};
+use crate::verdict::{Action, InForce};
 
 /// Why a process is left as it is.
 #[derive(Debug, thiserror::Error)]
@@ -46,11 +48,20 @@ pub enum Refusal {
         /// The call's name.
         call: &'static str,
     },
-    /// Another listener.
+    /// The kernel takes one listener at a time. It comes with the filters that are there.
+    #[error("a listener is in force for it, and the kernel takes one at a time")]
+    Busy(InForce),
+    /// Its registers are not those that we know.
+    #[error("it is a 32-bit program, whose calls have other numbers: there is no help for it")]
+    Narrow,
+    /// The kernel's limit.
     #[error(
-        "another listener is in force (a container engine's, or ours still held by somebody): the kernel takes one at a time"
+        "its {filters} filters leave no room for another: the kernel takes 32768 instructions for each process; start it anew, with a profile of `locum profile`"
     )]
-    Busy,
+    Full {
+        /// How many it is under.
+        filters: usize,
+    },
     /// Threads that are not under the same filters.
     #[error(
         "a thread of it is under a filter that the others are not under; the kernel then takes none for all of them"
@@ -67,8 +78,10 @@ pub enum Refusal {
     )]
     Rights,
     /// There is no room.
-    #[error("there is no room below the stack pointer of its thread {0}")]
-    NoRoom(u32),
+    #[error(
+        "none of its threads has 5 KiB of room on a stack of its own: each runs on a small one within other memory (a goroutine's, a coroutine's), and its first thread has ended"
+    )]
+    NoRoom,
     /// The kernel's word.
     #[error("{0}")]
     Kernel(Errno),
@@ -85,6 +98,8 @@ impl From<Errno> for Refusal {
 pub struct Attached {
     /// The filter's listener.
     pub listener: Listener,
+    /// The filters that were there before.
+    pub filters: InForce,
     stopped: Stopped,
     number: RawFd,
     close: u64,
@@ -99,9 +114,9 @@ impl Attached {
 }
 
 /// How long one thread is waited for.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How many threads of a process are tried.
-const THREADS: usize = 8;
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How many threads of a process are waited for that long.
+const STUCK: usize = 4;
 
 /// Puts `filter`, which hands `calls` over, into all of the process of which `process` is a thread that lives.
 pub fn attach(
@@ -110,20 +125,45 @@ pub fn attach(
     calls: &[(&'static str, i32)],
     no_new_privs: bool,
 ) -> Result<Attached, Refusal> {
-    let gadgets = prepare(process)?;
+    let chosen = choose(process)?;
+    let filters = permit(&chosen, calls, filter.length())?;
+    install(process, chosen, filters, filter, no_new_privs)
+}
+
+/// Looks whether [`attach`] would be refused, and returns the filters that the process is under. Changes nothing; one of its threads
+/// is stopped for an instant.
+pub fn examine(process: &Thread, calls: &[(&'static str, i32)], length: usize) -> Result<InForce, Refusal> {
+    permit(&choose(process)?, calls, length)
+}
+
+/// The filters that the process is under. As of [`examine`].
+pub fn filters(process: &Thread) -> Result<InForce, Refusal> {
+    choose(process)?.stopped.filters().map_err(|_| Refusal::Rights)
+}
+
+/// A thread that can carry an [`Installation`] out.
+struct Chosen {
+    stopped: Stopped,
+    registers: Registers,
+    room: Room,
+    gadgets: Gadgets,
+}
+
+fn choose(process: &Thread) -> Result<Chosen, Refusal> {
+    let (space, pid) = (AddressSpace::open(process.proc())?, process.status()?.process);
     let threads = process.threads()?;
     let mut refusal = Refusal::Stuck(PATIENCE);
     let mut stuck = Vec::new();
     // A thread in a call that the kernel remembers is left for the second time around: its call would fail with EINTR.
     for spares in [true, false] {
-        for tid in threads.iter().take(THREADS) {
-            if stuck.contains(tid) {
+        for tid in threads.iter().copied() {
+            if stuck.len() >= STUCK || stuck.contains(&tid) {
                 continue;
             }
-            let stopped = match stop(process, *tid) {
+            let stopped = match stop(process, tid) {
                 Ok(Some(stopped)) => stopped,
                 Ok(None) => {
-                    stuck.push(*tid);
+                    stuck.push(tid);
                     continue;
                 }
                 // Whoever traces one thread would be surprised by what happens to it.
@@ -133,18 +173,33 @@ pub fn attach(
                     continue;
                 }
             };
-            if spares && stopped.registers()?.are_in_remembered_call() {
+            let registers = match stopped.registers() {
+                // A 32-bit program has fewer.
+                Err(Errno::OPNOTSUPP) => return Err(Refusal::Narrow),
+                registers => registers?,
+            };
+            if !registers.are_wide() {
+                return Err(Refusal::Narrow);
+            }
+            if spares && registers.are_in_remembered_call() {
                 continue;
             }
-            // It may have executed another program before it stopped.
-            let gadgets = if still_there(process, gadgets) { gadgets } else { prepare(process)? };
-            return install(process, stopped, gadgets, filter, calls, no_new_privs);
+            let room = match stack::below(&space, tid, tid == pid, &registers)? {
+                None if tid == pid => stack::untouched(process, &space, &registers)?,
+                room => room,
+            };
+            let Some(room) = room else {
+                refusal = Refusal::NoRoom;
+                continue;
+            };
+            let gadgets = prepare(process)?;
+            return Ok(Chosen { stopped, registers, room, gadgets });
         }
     }
     Err(refusal)
 }
 
-/// Stops a thread of `process`. `None`: it does not stop, or has ended.
+/// Stops a thread of `process`. `None`: it does not stop.
 fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
     const SUSPEND_SECCOMP: i32 = 1 << 21;
     let options = libc::PTRACE_O_TRACESYSGOOD | SUSPEND_SECCOMP;
@@ -162,17 +217,11 @@ fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
     }
 }
 
-fn install(
-    process: &Thread,
-    stopped: Stopped,
-    gadgets: Gadgets,
-    filter: &Filter,
-    calls: &[(&'static str, i32)],
-    no_new_privs: bool,
-) -> Result<Attached, Refusal> {
-    let filters = stopped.filters().map_err(|_| Refusal::Rights)?;
+/// Whether the filters that are there let ours be put in, by the thread itself, and let it hear of `calls`.
+fn permit(chosen: &Chosen, calls: &[(&'static str, i32)], length: usize) -> Result<InForce, Refusal> {
+    let filters = chosen.stopped.filters().map_err(|_| Refusal::Rights)?;
     for (call, nr) in calls {
-        let (action, _) = of_call(&filters, *nr);
+        let (action, _) = filters.of_call(*nr);
         if action < Action::Notify {
             return Err(Refusal::Outranked { call, action });
         }
@@ -180,32 +229,48 @@ fn install(
     for (call, nr) in OWN {
         // The others may fail. A return from a handler that fails goes on at what lies behind it.
         let worst = if nr == libc::SYS_rt_sigreturn { Action::Notify } else { Action::Trap };
-        if of_call(&filters, i32::try_from(nr).unwrap_or(-1)).1 <= worst {
+        if filters.of_call(i32::try_from(nr).unwrap_or(-1)).1 <= worst {
             return Err(Refusal::Deadly { call });
         }
     }
-    let registers = stopped.registers()?;
-    if !registers.are_wide() {
-        return Err(Refusal::Kernel(Errno::OPNOTSUPP));
+    if filters.room(length) == 0 {
+        return Err(Refusal::Full { filters: filters.count() });
     }
+    Ok(filters)
+}
+
+fn install(
+    process: &Thread,
+    Chosen { stopped, registers, room, gadgets }: Chosen,
+    filters: InForce,
+    filter: &Filter,
+    no_new_privs: bool,
+) -> Result<Attached, Refusal> {
     let mut extended = Vec::with_capacity(EXTENDED);
     stopped.extended_state(&mut extended)?;
     let state = State { registers: &registers, signal_mask: stopped.signal_mask()?, extended: &extended };
     let program = filter.program();
     let installation =
-        Installation::of(&state, gadgets, program, Filter::flags_for_all_threads(), no_new_privs)
-            .ok_or(Refusal::NoRoom(stopped.tid()))?;
+        Installation::of(&state, room, gadgets, program, Filter::flags_for_all_threads(), no_new_privs)
+            .ok_or(Refusal::NoRoom)?;
     die_at(21);
-    write(stopped.tid(), &installation.memory).map_err(|_| Refusal::NoRoom(stopped.tid()))?;
+    write(stopped.tid(), &installation.memory).map_err(|_| Refusal::NoRoom)?;
     die_at(22);
     stopped.set_registers(&installation.registers)?;
     die_at(23);
     stopped.set_signal_mask(u64::MAX)?;
-    let (stopped, number) = follow(stopped)?;
+    let (stopped, result) = follow(stopped)?;
     die_at(26);
+    let number = match result {
+        Ok(number) => number,
+        Err(Errno::BUSY) => return Err(Refusal::Busy(filters)),
+        Err(Errno::SRCH) => return Err(Refusal::Diverged),
+        Err(Errno::ACCESS) => return Err(Refusal::NewPrivs),
+        Err(error) => return Err(Refusal::Kernel(error)),
+    };
     let listener =
         Listener::try_from(process.descriptor(number)?).map_err(|_| Refusal::Kernel(Errno::BADF))?;
-    Ok(Attached { listener, stopped, number, close: installation.close })
+    Ok(Attached { listener, filters, stopped, number, close: installation.close })
 }
 
 /// The calls that an installation makes.
@@ -216,8 +281,8 @@ const OWN: [(&str, libc::c_long); 4] = [
     ("close", libc::SYS_close),
 ];
 
-/// Goes with the thread until it has its listener, and returns that one's number.
-fn follow(mut stopped: Stopped) -> Result<(Stopped, RawFd), Refusal> {
+/// Goes with the thread until it has its listener, and returns that one's number, or why it has none.
+fn follow(mut stopped: Stopped) -> Result<(Stopped, Result<RawFd, Errno>), Refusal> {
     // Twice for each call: rt_sigreturn, prctl, rt_sigreturn, seccomp.
     for step in 0..8 {
         stopped = stopped.next_call()?.ok_or(Refusal::Kernel(Errno::SRCH))?;
@@ -227,16 +292,8 @@ fn follow(mut stopped: Stopped) -> Result<(Stopped, RawFd), Refusal> {
             continue;
         }
         die_at(25);
-        return match RawFd::try_from(result) {
-            Ok(number) if number >= 0 => Ok((stopped, number)),
-            Ok(error) => Err(match Errno::from_raw_os_error(-error) {
-                Errno::BUSY => Refusal::Busy,
-                Errno::SRCH => Refusal::Diverged,
-                Errno::ACCESS => Refusal::NewPrivs,
-                error => Refusal::Kernel(error),
-            }),
-            Err(_) => Err(Refusal::Kernel(Errno::OVERFLOW)),
-        };
+        let result = RawFd::try_from(result).map_err(|_| Refusal::Kernel(Errno::OVERFLOW))?;
+        return Ok((stopped, if result < 0 { Err(Errno::from_raw_os_error(-result)) } else { Ok(result) }));
     }
     Err(Refusal::Kernel(Errno::IO))
 }

@@ -38,6 +38,25 @@ impl Filter {
         Self(program)
     }
 
+    /// The same with `origin` in it, where it never comes to.
+    #[must_use]
+    pub fn with_origin(mut self, origin: Origin) -> Self {
+        self.0.extend(origin.words().map(|word| statement(LOAD_CONSTANT, word)));
+        // The kernel wants a return at the end of every program.
+        self.0.push(statement(RETURN, libc::SECCOMP_RET_ALLOW));
+        self
+    }
+
+    /// The instructions as text, two equal filters' alike.
+    pub fn to_text(&self) -> String {
+        text(&self.0)
+    }
+
+    /// How many instructions it has.
+    pub fn length(&self) -> usize {
+        self.0.len()
+    }
+
     /// The instructions.
     pub(crate) fn program(&self) -> &[libc::sock_filter] {
         &self.0
@@ -81,6 +100,44 @@ impl Filter {
     }
 }
 
+/// See [`Filter::to_text`].
+pub(crate) fn text(program: &[libc::sock_filter]) -> String {
+    let one =
+        |step: &libc::sock_filter| format!("{:04x}{:02x}{:02x}{:08x}", step.code, step.jt, step.jf, step.k);
+    program.iter().map(one).collect()
+}
+
+/// Which locum put a filter in, as the filter itself says: the device and the inode of its runtime directory, which no two
+/// directories share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The device's number.
+    pub device: u64,
+    /// The inode's number.
+    pub inode: u64,
+}
+
+impl Origin {
+    /// What `program` says of itself; `None` if no locum put it in from outside.
+    pub(crate) fn of(program: &[libc::sock_filter]) -> Option<Self> {
+        let tail = program.get(program.len().checked_sub(WORDS + 1)?..program.len() - 1)?;
+        let is_mark = tail.iter().all(|step| u32::from(step.code) == LOAD_CONSTANT) && tail[0].k == MAGIC;
+        let word = |index: usize| u64::from(tail[index].k) << 32 | u64::from(tail[index + 1].k);
+        is_mark.then(|| Self { device: word(1), inode: word(3) })
+    }
+
+    fn words(self) -> [u32; WORDS] {
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half is what is meant")]
+        let halves = |word: u64| [(word >> 32) as u32, word as u32];
+        let ([a, b], [c, d]) = (halves(self.device), halves(self.inode));
+        [MAGIC, a, b, c, d]
+    }
+}
+
+/// How many words tell an [`Origin`], and the first of them.
+const WORDS: usize = 5;
+const MAGIC: u32 = u32::from_be_bytes(*b"LOCM");
+
 /// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV` (5.19).
 const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
 
@@ -88,6 +145,7 @@ const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
 const TSYNC_ESRCH: libc::c_ulong = 1 << 4;
 
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+const LOAD_CONSTANT: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_IMM;
 const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
@@ -109,6 +167,18 @@ mod tests {
     #[test]
     fn all_that_locum_serves_fits_into_24_instructions() {
         let numbers: Vec<i32> = crate::arch::CALLS.iter().map(|(_, nr)| *nr).collect();
-        assert!(Filter::notify(&numbers).program().len() <= 24);
+        let origin = Origin { device: u64::MAX - 1, inode: 1 << 40 | 7 };
+        let filter = Filter::notify(&numbers);
+        assert_eq!(Origin::of(filter.program()), None);
+        let filter = filter.with_origin(origin);
+        assert_eq!(Origin::of(filter.program()), Some(origin));
+        assert!(filter.program().len() <= 24, "{}", filter.program().len());
+    }
+
+    #[test]
+    fn what_says_nothing_of_itself_has_no_origin() {
+        for length in 0..10 {
+            assert_eq!(Origin::of(&vec![statement(LOAD_CONSTANT, 0); length]), None);
+        }
     }
 }

@@ -13,10 +13,11 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::arch::{Chain, FIRST, Gadgets, State, UPPER_HALF};
 use crate::fault::die_at;
+use crate::memory::AddressSpace;
 use crate::notify::{CallId, Listener, Notification};
 use crate::process::{Mark, Thread};
 use crate::ptrace::{Interrupted, Seized, Stop, Stopped};
-use crate::{Errno, memory, socket};
+use crate::{Errno, memory, socket, stack};
 
 /// A socket with an `O_PATH` descriptor in it, on its way into a caller.
 #[derive(Debug)]
@@ -75,18 +76,19 @@ pub enum Done {
     Taken,
     /// Nothing has happened: the call was withdrawn and, unless a signal ends it, comes anew. The socket is in the caller's table.
     Withdrawn,
-    /// The call fails with ENOMEM: there is no room below the caller's stack pointer. The socket is in its table.
+    /// The call fails with ENOMEM: there is no room on the caller's stack. The socket is in its table.
     NoRoom,
     /// The caller has ended.
     Gone,
 }
 
-/// Has a caller that is traced, and waits for `call`, take the parcel in, whose socket it has as `number`.
+/// Has a caller that is traced, and waits for `call`, take the parcel in, whose socket it has as `number`. It has the address space
+/// `space`, and is the first thread of its process or not.
 pub fn deliver(
     listener: &Listener,
     call: &Notification,
-    seized: Seized,
-    gadgets: Gadgets,
+    (seized, gadgets): (Seized, Gadgets),
+    (space, leads): (&AddressSpace, bool),
     parcel: &Parcel,
     (number, close_on_exec): (RawFd, bool),
 ) -> Result<Done, Errno> {
@@ -107,9 +109,9 @@ pub fn deliver(
     stopped.extended_state(&mut extended)?;
     let signal_mask = stopped.signal_mask()?;
     let state = State { registers: &registers, signal_mask, extended: &extended };
-    let Some(chain) = Chain::take_in(&state, gadgets, number, close_on_exec) else {
-        return no_room(&stopped, &registers);
-    };
+    let room = stack::below(space, stopped.tid(), leads, &registers)?;
+    let chain = room.and_then(|room| Chain::take_in(&state, room, gadgets, number, close_on_exec));
+    let Some(chain) = chain else { return no_room(&stopped, &registers) };
     rustix::net::send(&parcel.far, &chain.mend, SendFlags::NOSIGNAL)?;
     rustix::net::send(&parcel.far, &UPPER_HALF, SendFlags::NOSIGNAL)?;
     die_at(7);
@@ -155,6 +157,13 @@ fn no_room(stopped: &Stopped, registers: &crate::arch::Registers) -> Result<Done
 
 /// Writes to the memory of a stopped thread, which no other can get the id of. EFAULT: not all of it may be written.
 pub(crate) fn write(tid: u32, pieces: &[(u64, Vec<u8>)]) -> Result<(), Errno> {
+    // A guard may lie between (MADV_GUARD_INSTALL), which no list of mappings shows: below it something else begins.
+    for (to, from) in pieces {
+        let mut there = vec![0; from.len()];
+        if memory::read(tid, *to, &mut there)? < there.len() {
+            return Err(Errno::FAULT);
+        }
+    }
     let local: Vec<_> = pieces
         .iter()
         .map(|(_, from)| libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() })

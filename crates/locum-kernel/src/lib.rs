@@ -24,6 +24,7 @@ pub mod program;
 pub mod ptrace;
 pub mod signal;
 pub mod socket;
+pub mod stack;
 pub mod verdict;
 
 pub use rustix::io::Errno;

@@ -14,7 +14,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::Errno;
 
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 
 /// Reads as much of `into` as is mapped at `address` of thread `tid`, from its beginning; needs PTRACE_MODE_ATTACH.
 ///
@@ -181,43 +181,127 @@ impl AddressSpace {
     }
 
     fn query(&self, address: u64) -> Result<u64, Errno> {
+        let found = self.ask(VMA_WRITABLE, address, &mut [])?;
+        Ok(found.vma_end.saturating_sub(address))
+    }
+
+    fn ask(&self, flags: u64, address: u64, name: &mut [u8]) -> Result<ProcmapQuery, Errno> {
         let mut query = ProcmapQuery {
             size: size_of::<ProcmapQuery>() as u64,
-            query_flags: VMA_WRITABLE,
+            query_flags: flags,
             query_addr: address,
+            vma_name_size: u32::try_from(name.len()).unwrap_or(0),
+            vma_name_addr: if name.is_empty() { 0 } else { name.as_mut_ptr() as u64 },
             ..ProcmapQuery::default()
         };
-        // SAFETY: PROCMAP_QUERY reads and writes `size` bytes at this address, all within `query`, and writes to the two
-        // buffers in it only if their sizes are not 0.
+        // SAFETY: PROCMAP_QUERY reads and writes `size` bytes at this address, all within `query`; of the two buffers in it, it
+        // writes to the first, `name`, at most its length, and not to the second, whose size is 0.
         let done = unsafe { libc::ioctl(self.maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) };
         crate::notify::check(done)?;
-        Ok(query.vma_end.saturating_sub(address))
+        Ok(query)
+    }
+
+    /// The mapping in which `address` lies; a file's may be passed over.
+    pub(crate) fn mapping(&self, address: u64) -> Result<Option<Mapping>, Errno> {
+        let mut name = [0; 16];
+        match self.ask(0, address, &mut name) {
+            Ok(found) => {
+                let length = usize::try_from(found.vma_name_size).unwrap_or(0).min(name.len());
+                let name = &name[..length.saturating_sub(1)];
+                Ok(Some(Mapping {
+                    start: found.vma_start,
+                    end: found.vma_end,
+                    is_writable: found.vma_flags & VMA_WRITABLE != 0,
+                    is_closed: found.vma_flags & VMA_ANY_ACCESS == 0,
+                    kind: Kind::of(found.inode, name),
+                }))
+            }
+            // A name that is too long is a file's.
+            Err(Errno::NOENT | Errno::NAMETOOLONG) => Ok(None),
+            Err(Errno::NOTTY) => {
+                Ok(self.mappings()?.into_iter().find(|found| (found.start..found.end).contains(&address)))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All mappings.
+    pub(crate) fn mappings(&self) -> Result<Vec<Mapping>, Errno> {
+        let lines: Result<Vec<_>, _> = self.lines()?.collect();
+        let lines = lines.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok(lines.iter().filter_map(|line| Mapping::parse(line)).collect())
+    }
+
+    fn lines(&self) -> Result<impl Iterator<Item = io::Result<Vec<u8>>>, Errno> {
+        use std::io::Seek as _;
+        let mut maps = &self.maps;
+        maps.rewind().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok(io::BufReader::new(maps).split(b'\n'))
     }
 
     /// [`Self::writable_from`] for kernels without PROCMAP_QUERY (before 6.11).
     fn writable_from_text(&self, address: u64) -> Result<u64, Errno> {
-        use std::io::Seek as _;
-        let mut maps = &self.maps;
-        let failed = |error: &io::Error| Errno::from_io_error(error).unwrap_or(Errno::IO);
-        maps.rewind().map_err(|error| failed(&error))?;
-        for line in io::BufReader::new(maps).split(b'\n') {
-            let line = line.map_err(|error| failed(&error))?;
-            let Some((start, end, writable)) = parse_mapping(&line) else { continue };
-            if (start..end).contains(&address) {
-                return Ok(if writable { end - address } else { 0 });
+        for line in self.lines()? {
+            let line = line.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            let Some(found) = Mapping::parse(&line) else { continue };
+            if (found.start..found.end).contains(&address) {
+                return Ok(if found.is_writable { found.end - address } else { 0 });
             }
         }
         Ok(0)
     }
 }
 
-/// Start, end and whether it may be written, of one line of /proc/PID/maps (proc_pid_maps(5)).
-fn parse_mapping(line: &[u8]) -> Option<(u64, u64, bool)> {
-    let mut words = line.split(|byte| *byte == b' ');
-    let (range, access) = (std::str::from_utf8(words.next()?).ok()?, words.next()?);
-    let (start, end) = range.split_once('-')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((number(start)?, number(end)?, access.get(1) == Some(&b'w')))
+/// One mapping, as far as it matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) is_writable: bool,
+    /// Whether it may not be touched at all.
+    pub(crate) is_closed: bool,
+    pub(crate) kind: Kind,
+}
+
+/// What a mapping is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The stack with which the program began.
+    Stack,
+    /// Memory that the program asked for by mmap(2).
+    Anonymous,
+    /// A file, the heap, or something of the kernel's.
+    Other,
+}
+
+impl Kind {
+    fn of(inode: u64, name: &[u8]) -> Self {
+        match name {
+            b"[stack]" => Self::Stack,
+            [] if inode == 0 => Self::Anonymous,
+            // As a program may name it (PR_SET_VMA_ANON_NAME).
+            _ if inode == 0 && name.starts_with(b"[anon:") => Self::Anonymous,
+            _ => Self::Other,
+        }
+    }
+}
+
+impl Mapping {
+    /// Of one line of /proc/PID/maps (proc_pid_maps(5)).
+    fn parse(line: &[u8]) -> Option<Self> {
+        let mut words = line.split(|byte| *byte == b' ').filter(|word| !word.is_empty());
+        let (range, access) = (std::str::from_utf8(words.next()?).ok()?, words.next()?);
+        let (start, end) = range.split_once('-')?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let inode = std::str::from_utf8(words.nth(2)?).ok()?.parse().ok()?;
+        Some(Self {
+            start: number(start)?,
+            end: number(end)?,
+            is_writable: access.get(1) == Some(&b'w'),
+            is_closed: access.starts_with(b"---"),
+            kind: Kind::of(inode, words.next().unwrap_or_default()),
+        })
+    }
 }
 
 /// `struct procmap_query` (`linux/fs.h`, 6.11).
@@ -243,6 +327,8 @@ struct ProcmapQuery {
 
 /// `PROCMAP_QUERY_VMA_WRITABLE`: only a mapping that may be written counts.
 const VMA_WRITABLE: u64 = 2;
+/// `PROCMAP_QUERY_VMA_READABLE`, `_WRITABLE` and `_EXECUTABLE`.
+const VMA_ANY_ACCESS: u64 = 1 | 2 | 4;
 /// `PROCMAP_QUERY`, `_IOWR('f', 0x11, struct procmap_query)`.
 const PROCMAP_QUERY: u64 = 3 << 30 | (size_of::<ProcmapQuery>() as u64) << 16 | (b'f' as u64) << 8 | 0x11;
 
@@ -272,12 +358,17 @@ mod tests {
 
         let space = of(quiet.id());
         for line in std::fs::read_to_string(format!("/proc/{}/maps", quiet.id())).unwrap().lines() {
-            let (start, end, _) = parse_mapping(line.as_bytes()).unwrap();
+            let parsed = Mapping::parse(line.as_bytes()).unwrap();
             if line.ends_with("[vsyscall]") {
                 continue;
             }
-            for at in [start, end - 1] {
+            for at in [parsed.start, parsed.end - 1] {
                 assert_eq!(space.writable_from(at), space.writable_from_text(at), "{line}");
+                if let Some(asked) = space.mapping(at).unwrap() {
+                    assert_eq!(asked, parsed, "{line}");
+                } else {
+                    assert_eq!(parsed.kind, Kind::Other, "{line}");
+                }
             }
         }
         drop(input);

@@ -279,21 +279,29 @@ impl Thread {
         Ok(!self.read(c"maps")?.is_empty())
     }
 
-    /// A copy of the first listener in the process's table.
-    pub fn find_listener(&self) -> Result<Option<Listener>, Errno> {
+    /// Copies of all listeners in the process's table.
+    pub fn listeners(&self) -> Result<Vec<Listener>, Errno> {
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
+        let mut listeners = Vec::new();
         for entry in rustix::fs::Dir::read_from(&table)? {
             let entry = entry?;
             let target = rustix::fs::readlinkat(&table, entry.file_name(), Vec::new());
             if target.is_ok_and(|target| target.as_bytes() == b"anon_inode:seccomp notify")
                 && let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok())
-                && let Ok(listener) = Listener::try_from(self.descriptor(fd)?)
+                // It may have closed it meanwhile.
+                && let Ok(copy) = self.descriptor(fd)
+                && let Ok(listener) = Listener::try_from(copy)
             {
-                return Ok(Some(listener));
+                listeners.push(listener);
             }
         }
-        Ok(None)
+        Ok(listeners)
+    }
+
+    /// The name that it has given itself (proc_pid_comm(5)).
+    pub fn name(&self) -> Result<String, Errno> {
+        Ok(self.read(c"comm")?.trim_end().to_owned())
     }
 
     /// Whether the thread's address space is also that of process `other`.
@@ -374,6 +382,8 @@ pub struct Status {
     pub effective_user: u32,
     /// Whether it can gain no privileges by executing a program.
     pub no_new_privs: bool,
+    /// How many seccomp filters it is under.
+    pub filters: usize,
     /// Whether nothing the thread may do can change `ids`: no capability, no_new_privs, equal user and group ids.
     pub ids_fixed: bool,
     /// Whether its capability bounding set is empty. Who gives up capabilities keeps that set, unless CAP_SETPCAP was used to
@@ -406,6 +416,7 @@ impl Status {
             ids: Ids { user: *user, group: *group, groups: numbers("Groups")? },
             effective_user: *effective_user,
             no_new_privs,
+            filters: field("Seccomp_filters").and_then(|count| count.parse().ok()).unwrap_or(0),
             ids_fixed,
             is_bounded: field("CapBnd").is_some_and(is_zero),
         })

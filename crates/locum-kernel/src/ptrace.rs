@@ -13,6 +13,7 @@ use rustix::io::retry_on_intr;
 use crate::Errno;
 use crate::arch::{NT_EXTENDED_STATE, Registers};
 use crate::notify::check;
+use crate::verdict::InForce;
 
 /// A thread that this thread traces and that runs. Dropped as it is, it stays traced for as long as the calling thread lives.
 #[derive(Debug)]
@@ -91,7 +92,8 @@ impl Interrupted {
 }
 
 impl Interrupted {
-    /// Waits until it has stopped, at most so long. [`Stop::Never`] leaves it traced until the calling thread ends.
+    /// Waits until it has stopped, at most so long, and if it is about to take a signal, until it has begun to. [`Stop::Never`]
+    /// leaves it traced until the calling thread ends.
     pub fn wait_for(self, limit: Duration) -> Result<Stop, Errno> {
         let start = Instant::now();
         loop {
@@ -100,7 +102,14 @@ impl Interrupted {
             // SAFETY: the kernel writes one int at this address, which is ours.
             let done = check(unsafe { libc::waitpid(self.0.tid.cast_signed(), &raw mut status, flags) })?;
             if done != 0 {
-                return Ok(self.0.stop(status));
+                if !libc::WIFSTOPPED(status) || status >> 16 == libc::PTRACE_EVENT_STOP {
+                    return Ok(self.0.stop(status));
+                }
+                // This stop has taken the interrupt away.
+                request(libc::PTRACE_INTERRUPT, self.0.tid, 0, 0)?;
+                let signal = usize::try_from(libc::WSTOPSIG(status)).unwrap_or(0);
+                request(libc::PTRACE_CONT, self.0.tid, 0, signal)?;
+                continue;
             }
             if start.elapsed() > limit {
                 return Ok(Stop::Never);
@@ -164,13 +173,13 @@ impl Stopped {
 
 impl Stopped {
     /// The filters that are in force for it, the newest first. EACCES: no CAP_SYS_ADMIN, or the calling thread has a filter.
-    pub fn filters(&self) -> Result<Vec<Vec<libc::sock_filter>>, Errno> {
+    pub fn filters(&self) -> Result<InForce, Errno> {
         let mut filters = Vec::new();
         loop {
             let length = match request(PTRACE_SECCOMP_GET_FILTER, self.tid(), filters.len(), 0) {
-                Err(Errno::NOENT) => return Ok(filters),
+                Err(Errno::NOENT) => return Ok(InForce(filters)),
                 // It has never had any.
-                Err(Errno::INVAL) if filters.is_empty() => return Ok(filters),
+                Err(Errno::INVAL) if filters.is_empty() => return Ok(InForce(filters)),
                 length => usize::try_from(length?).map_err(|_| Errno::OVERFLOW)?,
             };
             let mut program = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; length];

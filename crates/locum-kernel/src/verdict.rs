@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 
 use crate::arch::AUDIT_ARCH;
+use crate::filter::{self, Origin};
 
 /// What a filter has happen to a call, the gravest first: of several filters' actions, the first in this order counts
 /// (seccomp(2)).
@@ -36,8 +37,52 @@ impl Action {
     }
 }
 
-/// The mildest and the gravest of what `filters` may have happen to the call number `nr`.
-pub fn of_call(filters: &[Vec<libc::sock_filter>], nr: i32) -> (Action, Action) {
+/// The filters that a thread is under, the newest first.
+#[derive(Clone, Debug, Default)]
+pub struct InForce(pub(crate) Vec<Vec<libc::sock_filter>>);
+
+impl InForce {
+    /// What the kernel counts of them: their instructions, and four for each.
+    pub fn instructions(&self) -> usize {
+        self.0.iter().map(|filter| filter.len() + OVERHEAD).sum()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// How many more filters of `length` instructions the kernel takes.
+    pub fn room(&self, length: usize) -> usize {
+        MOST_INSTRUCTIONS.saturating_sub(self.instructions()) / (length + OVERHEAD)
+    }
+
+    /// Who put each filter in that may ask a listener; `None` for one that no locum put in from outside.
+    pub fn origins(&self) -> Vec<Option<Origin>> {
+        let asks = |filter: &&Vec<libc::sock_filter>| {
+            filter.iter().any(|step| {
+                u32::from(step.code) == libc::BPF_RET | libc::BPF_K && Action::of(step.k) == Action::Notify
+            })
+        };
+        self.0.iter().filter(asks).map(|filter| Origin::of(filter)).collect()
+    }
+
+    /// Whether the filter with this [text](crate::filter::Filter::to_text) is one of them.
+    pub fn have(&self, text: &str) -> bool {
+        self.0.iter().any(|filter| filter::text(filter) == text)
+    }
+
+    /// The mildest and the gravest of what they may have happen to the call number `nr`.
+    pub fn of_call(&self, nr: i32) -> (Action, Action) {
+        of_call(&self.0, nr)
+    }
+}
+
+/// `MAX_INSNS_PER_PATH`, and what a filter costs beside its instructions (`kernel/seccomp.c`).
+const MOST_INSTRUCTIONS: usize = 32768;
+const OVERHEAD: usize = 4;
+
+fn of_call(filters: &[Vec<libc::sock_filter>], nr: i32) -> (Action, Action) {
     let each = filters.iter().map(|filter| paths(filter, nr.cast_unsigned()));
     each.fold((Action::Allow, Action::Allow), |(mild, grave), found| {
         let mildest = found.iter().max().copied().unwrap_or(Action::Kill);

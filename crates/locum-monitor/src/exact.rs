@@ -149,7 +149,15 @@ impl Post<'_> {
         }
         slot.sending();
         die_at(3);
-        let done = hand_over::deliver(listener, call, seized, gadgets, &parcel, (number, close_on_exec));
+        let leads = caller.process() == caller.thread.tid();
+        let done = hand_over::deliver(
+            listener,
+            call,
+            (seized, gadgets),
+            (&caller.memory, leads),
+            &parcel,
+            (number, close_on_exec),
+        );
         let done = done.unwrap_or_else(|error| {
             tracing::debug!(session = self.session.id, "a hand-over came to nothing: {error}");
             Done::Withdrawn

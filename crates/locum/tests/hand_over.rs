@@ -109,3 +109,20 @@ fn killed_at_every_step_without_wait_killable_recv_under_signals() {
 fn killed_at_every_step_with_the_keeper() {
     intact(&[], 0, true);
 }
+
+/// A goroutine's or a coroutine's, or one for signals: what is beside it is not ours.
+#[test]
+fn nothing_beside_a_small_stack_is_touched() {
+    let ground = Ground::new();
+    std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = ground.files.path().join("caller");
+    common::copy_caller(&program);
+    let (_keeper, _monitor) = (ground.keeper(), monitor(&ground, None));
+    let files = ground.files.path().to_str().unwrap();
+    let mut run =
+        locum(&["run", "--runtime-dir", ground.path(), "--export", files, "--user", &USER.to_string()]);
+    let out = run.arg("--").arg(&program).args(["as-is", "small", files]).output().unwrap();
+    let seen: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let no_room = format!("errno {}", rustix::io::Errno::NOMEM.raw_os_error());
+    assert_eq!(seen, serde_json::json!({"small": no_room, "own": "ok", "damaged": false}));
+}

@@ -10,6 +10,7 @@ use rustix::fs::OFlags;
 use rustix::io::FdFlags;
 
 use crate::bare::{AT_FDCWD, Ground, Pages, told};
+use crate::small::Small;
 
 const THREADS: usize = 4;
 
@@ -193,6 +194,25 @@ pub(crate) fn run(ground: &Ground, seconds: u64, signal_every: u64) {
         sum(|seen| seen.damaged),
         descriptors().saturating_sub(before),
         SIGNALS.load(Ordering::Relaxed),
+    );
+}
+
+/// Opens the link on a small stack, where there is no room, and on the thread's own, where there is.
+pub(crate) fn on_a_small_stack(ground: &Ground) {
+    std::os::unix::fs::symlink("/nowhere", ground.path("intact")).unwrap();
+    let handle = ground.handle(&ground.path("intact"));
+    let (pages, mut small) = (Pages::new(), Small::new());
+    let at = pages.put(ground, &handle);
+    let mount =
+        rustix::fs::open(&ground.dir, OFlags::RDONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap();
+    let flags = u64::from(OFlags::PATH.bits());
+    let on_small = small.call(libc::SYS_open_by_handle_at, [crate::bare::fd(&mount), at, flags, 0]);
+    let on_own = crate::bare::open(crate::bare::fd(&mount), at, flags);
+    println!(
+        "{{\"small\": {:?}, \"own\": {:?}, \"damaged\": {}}}",
+        told(on_small),
+        told(on_own.min(0)),
+        small.is_damaged()
     );
 }
 

@@ -9,6 +9,7 @@ mod intact;
 mod name;
 mod open;
 mod shed;
+mod small;
 mod state;
 
 use bare::Ground;
@@ -30,6 +31,7 @@ fn main() {
             };
             intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
         }
+        "small" => intact::on_a_small_stack(&ground),
         "shed" => shed::run(&ground, &rest[0], rest.get(1).map_or(0, |failed| failed.parse().unwrap())),
         "state" => state::run(Box::leak(Box::new(ground)), &rest[0]),
         "permission" => open::permissions_of(&ground),

@@ -4,7 +4,13 @@
 use std::io::Read as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use locum_kernel::arch::SYNC;
+use locum_kernel::filter::{Filter, Wait};
+use locum_kernel::process::Thread;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
 use crate::bare::{AT_FDCWD, EMPTY_PATH, Ground, Pages, call, name};
+use crate::small::{self, Small};
 
 static STOP: AtomicBool = AtomicBool::new(false);
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -12,11 +18,20 @@ static SERVED: AtomicU64 = AtomicU64::new(0);
 static UNSERVED: AtomicU64 = AtomicU64::new(0);
 
 pub(crate) fn run(ground: &'static Ground, kind: &str) {
-    refuse_seccomp();
-    if kind == "vfork" {
-        return vfork();
+    match kind {
+        "holder" => hold_anothers(),
+        // Nobody answers at it, and nobody makes that call.
+        "engine" => std::mem::forget(Filter::notify(&[SYNC]).install(Wait::Killable).unwrap()),
+        _ => {}
     }
+    refuse_seccomp();
     std::env::set_current_dir(&ground.dir).unwrap();
+    match kind {
+        "vfork" => return vfork(),
+        "small stacks" => return on_small_stacks(ground),
+        "storm" => return storm(ground),
+        _ => {}
+    }
     for seed in 0..3 {
         std::thread::spawn(move || reckon(seed));
     }
@@ -35,6 +50,26 @@ pub(crate) fn run(ground: &'static Ground, kind: &str) {
             std::thread::spawn(wait_and_tell);
             reckon(3);
         }
+    }
+}
+
+/// A child with a listener of its own, in a table of descriptors that is this program's too.
+fn hold_anothers() {
+    let flags = u64::try_from(libc::CLONE_FILES | libc::SIGCHLD).unwrap();
+    if call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]) == 0 {
+        let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get().cast_unsigned();
+        if locum_kernel::confine::die_with_parent(parent) == Ok(true) {
+            std::mem::forget(Filter::notify(&[SYNC]).install(Wait::Killable).unwrap());
+            loop {
+                call(libc::SYS_pause, [0; 6]);
+            }
+        }
+        // SAFETY: the child has memory of its own and ends.
+        unsafe { libc::_exit(1) };
+    }
+    let own = Thread::hold(std::process::id()).unwrap();
+    while own.listeners().unwrap().is_empty() {
+        std::thread::yield_now();
     }
 }
 
@@ -74,19 +109,23 @@ fn reckon(seed: u64) {
     }
 }
 
-/// A served handle is longer than the kernel's, by its trailer.
 fn ask(ground: &Ground) {
     let (pages, text) = (Pages::new(), Pages::new());
-    let path = text.put(ground, b"\0");
-    let handle = pages.end(8 + 128);
     while !STOP.load(Ordering::Relaxed) {
-        ground.write(handle, &128_u32.to_ne_bytes());
-        let done = name(AT_FDCWD, path, handle, pages.0, EMPTY_PATH);
-        let length = u32::from_ne_bytes(ground.read(handle, 4).try_into().unwrap());
-        let counter = if done == 0 && length > 24 { &SERVED } else { &UNSERVED };
-        counter.fetch_add(1, Ordering::Relaxed);
+        ask_once(ground, &text, &pages);
         std::thread::yield_now();
     }
+}
+
+/// A served handle is longer than the kernel's, by its trailer.
+fn ask_once(ground: &Ground, text: &Pages, pages: &Pages) {
+    let path = text.put(ground, b"\0");
+    let handle = pages.end(8 + 128);
+    ground.write(handle, &128_u32.to_ne_bytes());
+    let done = name(AT_FDCWD, path, handle, pages.0, EMPTY_PATH);
+    let length = u32::from_ne_bytes(ground.read(handle, 4).try_into().unwrap());
+    let counter = if done == 0 && length > 24 { &SERVED } else { &UNSERVED };
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Children without end, each of which ends at once.
@@ -113,9 +152,76 @@ fn vfork() {
     println!("{{\"wrong\": 0, \"served\": 0, \"unserved\": 0}}");
 }
 
+/// Every thread is on a small stack, until the standard input ends; the first thread makes calls then.
+fn on_small_stacks(ground: &Ground) {
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            std::thread::spawn(|| {
+                let mut small = Small::new();
+                small::wait(&mut small);
+                WRONG.fetch_add(small.is_damaged().into(), Ordering::Relaxed);
+            })
+        })
+        .collect();
+    let mut small = Small::new();
+    small::wait(&mut small);
+    WRONG.fetch_add(small.is_damaged().into(), Ordering::Relaxed);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    ask_once(ground, &Pages::new(), &Pages::new());
+    tell();
+}
+
+/// One thread, which never gets round to anything for the signals that it gets. Its handler uses little of an alternate stack.
+fn storm(ground: &Ground) {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn count(_: libc::c_int) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let handler: extern "C" fn(libc::c_int) = count;
+    // SAFETY: all zeros is a valid `sigaction`.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as libc::sighandler_t;
+    action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+    let stack = vec![0_u8; 16 * 1024];
+    let alternate =
+        libc::stack_t { ss_sp: stack.as_ptr().cast_mut().cast(), ss_flags: 0, ss_size: stack.len() };
+    // SAFETY: the stack lives as long as this thread.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) }, 0);
+    // SAFETY: `action` is whole, and its handler does nothing but add to an atomic.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
+    let own = rustix::process::getpid();
+    // SAFETY: there is one thread, so the child may do anything.
+    if unsafe { libc::fork() } == 0 {
+        // Else whoever reads what its parent says would wait for it too.
+        call(libc::SYS_close, [1, 0, 0, 0, 0, 0]);
+        locum_kernel::confine::die_with_parent(own.as_raw_nonzero().get().cast_unsigned()).unwrap();
+        while rustix::process::kill_process(own, rustix::process::Signal::USR1).is_ok() {}
+        // SAFETY: the child has memory of its own and ends.
+        unsafe { libc::_exit(0) };
+    }
+    let right = steps(1);
+    let (path, handle) = (Pages::new(), Pages::new());
+    let input = std::io::stdin();
+    let mut ended = [PollFd::new(&input, PollFlags::IN)];
+    while rustix::io::retry_on_intr(|| rustix::event::poll(&mut ended, Some(&Timespec::default()))) == Ok(0) {
+        if steps(1) != right {
+            WRONG.fetch_add(1, Ordering::Relaxed);
+        }
+        ask_once(ground, &path, &handle);
+    }
+    assert!(COUNT.load(Ordering::Relaxed) > 0);
+    tell();
+}
+
 fn wait_and_tell() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     STOP.store(true, Ordering::Relaxed);
+    tell();
+}
+
+fn tell() {
     let told = [&WRONG, &SERVED, &UNSERVED].map(|counter| counter.load(Ordering::Relaxed));
     println!("{{\"wrong\": {}, \"served\": {}, \"unserved\": {}}}", told[0], told[1], told[2]);
     std::process::exit(0);

@@ -2,22 +2,26 @@
 
 use std::collections::HashSet;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use locum_keeper::protocol::SessionReport;
 use locum_keeper::{RuntimeDir, client};
 use locum_kernel::attach::{self, Refusal};
-use locum_kernel::filter::Filter;
+use locum_kernel::filter::{Filter, Origin};
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
-use locum_kernel::{Errno, arch, hand_over};
+use locum_kernel::verdict::InForce;
+use locum_kernel::{Errno, arch};
 use locum_monitor::reattach::{self, Lost};
 use locum_policy::Policy;
 
 use super::confined::{self, Delivery};
 use super::processes::{Named, Processes};
+use super::whose::{Whose, whose};
 
 /// Serves processes that run already: with no profile of ours, or after they have lost their listener.
 ///
@@ -49,9 +53,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         format!("no keeper answers in {}: is `locum serve` running there?", args.runtime_dir.display())
     })?;
     let keeper = Thread::hold(status.keeper.pid).context("the keeper is gone")?;
+    let place = std::fs::metadata(&args.runtime_dir)
+        .with_context(|| format!("cannot look at {}", args.runtime_dir.display()))?;
+    let origin = Origin { device: place.dev(), inode: place.ino() };
     let own = status.monitor.iter().map(|monitor| monitor.pid).chain([status.keeper.pid]).collect();
-    let mut work =
-        Work { args, runtime_dir, keeper, own, seen: HashSet::new(), attached: Vec::new(), refused: 0 };
+    let mut work = Work {
+        args,
+        runtime_dir,
+        keeper,
+        origin,
+        sessions: &status.sessions,
+        own,
+        seen: HashSet::new(),
+        attached: Vec::new(),
+        refused: 0,
+    };
     if args.named.lost {
         let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
         for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
@@ -98,6 +114,10 @@ struct Work<'a> {
     args: &'a Args,
     runtime_dir: RuntimeDir,
     keeper: Thread,
+    /// Where we work.
+    origin: Origin,
+    /// What the keeper had when we began.
+    sessions: &'a [SessionReport],
     /// The keeper and the monitor.
     own: Vec<u32>,
     seen: HashSet<u32>,
@@ -116,11 +136,11 @@ enum Done {
     Attached,
     TakenBack,
     Served,
-    Would(&'static str),
+    Would(String),
 }
 
 impl Done {
-    fn as_str(&self) -> &'static str {
+    fn as_str(&self) -> &str {
         match self {
             Self::Attached => "attached",
             Self::TakenBack => "attached, with a listener that it still had",
@@ -169,27 +189,25 @@ impl Work<'_> {
 
     fn one(&self, pid: u32, workload: &Workload<'_>) -> anyhow::Result<Done> {
         let process = self.hold(pid)?;
-        if let Some(listener) = process.find_listener()? {
-            if self.keeper.find(listener.as_fd())?.is_some() {
-                return Ok(Done::Served);
+        let status = process.status()?;
+        // What is in its table may be of anybody, such as a container engine's of its containers; what the keeper has too is ours.
+        if status.filters > 0 {
+            for listener in process.listeners()? {
+                if self.keeper.find(listener.as_fd())?.is_some() {
+                    return Ok(Done::Served);
+                }
             }
-            if self.args.dry_run {
-                return Ok(Done::Would("would be attached, with a listener that it still has"));
-            }
-            self.deliver(&process, &listener, workload)?;
-            return Ok(Done::TakenBack);
         }
-        let has_promise = process.status()?.no_new_privs;
+        let has_promise = status.no_new_privs;
         if !has_promise && !self.args.set_no_new_privs {
             return Err(Refusal::NewPrivs.into());
         }
-        if self.args.dry_run {
-            hand_over::prepare(&process).map_err(Refusal::from)?;
-            return Ok(Done::Would("would get a filter of its own, if its filters let it"));
-        }
         let (calls, start) = (calls(workload.policy), Instant::now());
         let numbers: Vec<i32> = calls.iter().map(|(_, nr)| *nr).collect();
-        let filter = Filter::notify(&numbers);
+        let filter = Filter::notify(&numbers).with_origin(self.origin);
+        if self.args.dry_run {
+            return self.would(&process, &filter, &calls);
+        }
         loop {
             return match attach::attach(&process, &filter, &calls, !has_promise) {
                 Ok(attached) => {
@@ -198,16 +216,58 @@ impl Work<'_> {
                     attached.without_copy()?;
                     Ok(Done::Attached)
                 }
-                // Whoever had the one that is lost may not be all gone yet.
-                Err(Refusal::Busy) if self.args.named.lost && start.elapsed() < PATIENCE => {
-                    std::thread::sleep(Duration::from_millis(10));
-                    continue;
-                }
-                // Its parent was attached before it was started, or a runtime's profile is in force.
-                Err(Refusal::Busy) => Ok(Done::Served),
+                Err(Refusal::Busy(filters)) => match self.whose(&process, &filters)? {
+                    Whose::LeftBehind(listener) => {
+                        self.deliver(&process, &listener, workload)?;
+                        Ok(Done::TakenBack)
+                    }
+                    // Whoever had the one that is lost may not be all gone yet.
+                    _ if self.args.named.lost && start.elapsed() < PATIENCE => {
+                        std::thread::sleep(Duration::from_millis(50));
+                        continue;
+                    }
+                    // Its parent was attached before it was started, or a runtime's profile is in force.
+                    Whose::Kept => Ok(Done::Served),
+                    Whose::Foreign(told) => Err(anyhow::anyhow!("{}: {told}", Refusal::Busy(filters))),
+                },
                 Err(refusal) => Err(refusal.into()),
             };
         }
+    }
+
+    fn whose(&self, process: &Thread, filters: &InForce) -> anyhow::Result<Whose> {
+        Ok(whose(process, filters, (&self.keeper, self.sessions, self.origin))?)
+    }
+
+    /// What would be done, as far as that can be told without doing it.
+    fn would(
+        &self,
+        process: &Thread,
+        filter: &Filter,
+        calls: &[(&'static str, i32)],
+    ) -> anyhow::Result<Done> {
+        let filters = attach::examine(process, calls, filter.length())?;
+        if filters.origins().is_empty() {
+            return Ok(Done::Would(format!(
+                "would get a filter of {} instructions of its own, its filter number {}; {} more would fit behind it",
+                filter.length(),
+                filters.count() + 1,
+                filters.room(filter.length()) - 1
+            )));
+        }
+        Ok(match self.whose(process, &filters)? {
+            Whose::Kept => Done::Would(
+                "would be left, is served already; or, if its listener is lost, get another".into(),
+            ),
+            Whose::LeftBehind(_) => {
+                Done::Would("would be attached, with a listener that it still has".into())
+            }
+            Whose::Foreign(told) => {
+                anyhow::bail!(
+                    "it is under a filter that asks a listener, {told}: if that is in force, it is in the way"
+                )
+            }
+        })
     }
 
     fn deliver(&self, process: &Thread, listener: &Listener, workload: &Workload<'_>) -> anyhow::Result<()> {

@@ -85,7 +85,8 @@ fn with_descendants(roots: &[u32], all: &[u32]) -> Vec<u32> {
     found
 }
 
-fn all() -> anyhow::Result<Vec<u32>> {
+/// All that there are.
+pub(crate) fn all() -> std::io::Result<Vec<u32>> {
     let entries = std::fs::read_dir("/proc")?;
     let mut all: Vec<u32> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
@@ -94,7 +95,7 @@ fn all() -> anyhow::Result<Vec<u32>> {
 }
 
 /// As crun, runc, podman, CRI-O, containerd and Docker name control groups.
-fn is_in_container(pid: u32, id: &str) -> bool {
+pub(crate) fn is_in_container(pid: u32, id: &str) -> bool {
     let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let is_named = |part: &str| {
         let part = part.strip_suffix(".scope").unwrap_or(part);
