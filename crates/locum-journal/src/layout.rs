@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use locum_kernel::mapping::SharedWords;
+use locum_kernel::notify::{BUFFER_WORDS, CallId};
 
 /// The layout's version. A journal of another one is left untouched.
 pub const VERSION: u64 = 1;
@@ -40,9 +41,7 @@ pub enum JournalError {
         source: io::Error,
     },
     /// The file is something else.
-    #[error(
-        "{path} is not a journal: wanted {WORDS} words that begin with LOCUMJNL, found {found}; move it away"
-    )]
+    #[error("{path} is not a journal: wanted {WORDS} words that begin with LOCUMJNL, found {found}")]
     NotAJournal {
         /// Which file.
         path: PathBuf,
@@ -50,10 +49,7 @@ pub enum JournalError {
         found: String,
     },
     /// The file was written by another release.
-    #[error(
-        "the journal {path} has version {found}, this locum knows {VERSION}; it was left untouched: serve this session \
-         with the release that made it"
-    )]
+    #[error("the journal {path} has version {found}, this locum knows {VERSION}; it was left untouched")]
     Version {
         /// Which file.
         path: PathBuf,
@@ -73,7 +69,7 @@ pub struct Journal {
 impl Journal {
     /// Opens the journal at `path`, or makes a new one there that root alone can read.
     pub fn open(path: &Path) -> Result<Arc<Self>, JournalError> {
-        Self::open_or_make(path)
+        open_or_make(path, WORDS, [MAGIC, VERSION])
             .map_err(|source| JournalError::Open { path: path.to_owned(), source })
             .and_then(|file| Self::map(path, &file))
     }
@@ -88,29 +84,6 @@ impl Journal {
             .and_then(|file| Self::map(path, &file))
     }
 
-    fn open_or_make(path: &Path) -> io::Result<File> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600);
-        match options.open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            opened => return opened,
-        }
-        // Made whole under another name, so that a monitor killed here leaves no half of one.
-        let fresh = path.with_extension("new");
-        match std::fs::remove_file(&fresh) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let file = options.create_new(true).open(&fresh)?;
-        // Every page now: on a full tmpfs, a write into a hole of the mapping would be a SIGBUS.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, (WORDS * 8) as u64)?;
-        let words = SharedWords::map(&file, WORDS)?;
-        words[0].store(MAGIC, Ordering::Relaxed);
-        words[1].store(VERSION, Ordering::Release);
-        std::fs::rename(&fresh, path)?;
-        Ok(file)
-    }
-
     fn map(path: &Path, file: &File) -> Result<Arc<Self>, JournalError> {
         let foreign = |found| JournalError::NotAJournal { path: path.to_owned(), found };
         let words = SharedWords::map(file, 2).map_err(|_| foreign("fewer than two words".to_owned()))?;
@@ -123,6 +96,15 @@ impl Journal {
         }
         let words = SharedWords::map(file, WORDS).map_err(|_| foreign("a file cut short".to_owned()))?;
         Ok(Arc::new(Self { words, taken: (0..SLOTS).map(|_| AtomicBool::new(false)).collect() }))
+    }
+
+    /// Whether some slot has the call `id` of `listener`, whoever holds it.
+    pub fn knows(&self, listener: u64, id: CallId) -> bool {
+        (0..SLOTS).any(|index| {
+            let slot = self.slot_words(index);
+            let word = |index: usize| slot[index].load(Ordering::Acquire);
+            (word(0), word(BUFFER_WORDS)) == (id.0, listener)
+        })
     }
 
     pub(crate) fn counter(&self, index: usize) -> &AtomicU64 {
@@ -140,6 +122,30 @@ impl Journal {
     pub(crate) fn give_back(&self, index: usize) {
         self.taken[index].store(false, Ordering::Release);
     }
+}
+
+/// Opens the file at `path`, or makes one there of so many words that root alone can read, with `head` first.
+pub(crate) fn open_or_make(path: &Path, words: usize, head: [u64; 2]) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        opened => return opened,
+    }
+    // Made whole under another name, so that a monitor killed here leaves no half of one.
+    let fresh = path.with_extension("new");
+    match std::fs::remove_file(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file = options.create_new(true).open(&fresh)?;
+    // Every page now: on a full tmpfs, a write into a hole of the mapping would be a SIGBUS.
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, (words * 8) as u64)?;
+    let mapped = SharedWords::map(&file, words)?;
+    mapped[0].store(head[0], Ordering::Relaxed);
+    mapped[1].store(head[1], Ordering::Release);
+    std::fs::rename(&fresh, path)?;
+    Ok(file)
 }
 
 #[cfg(test)]

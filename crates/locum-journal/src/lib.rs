@@ -8,8 +8,10 @@
 
 mod counters;
 mod layout;
+mod seen;
 mod slot;
 
 pub use counters::{Counters, Totals};
 pub use layout::{Journal, JournalError, SLOTS, VERSION};
+pub use seen::{Seen, SeenError};
 pub use slot::{Left, Slot, Stage};

@@ -26,5 +26,6 @@ pub mod signal;
 pub mod socket;
 pub mod stack;
 pub mod verdict;
+pub mod waiting;
 
 pub use rustix::io::Errno;

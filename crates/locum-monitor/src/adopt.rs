@@ -1,10 +1,11 @@
 //! From a delivery to a session that is served, and its end.
 
 use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use locum_journal::{Journal, JournalError};
+use locum_journal::{Journal, JournalError, Seen};
 use locum_keeper::client::Park;
 use locum_keeper::protocol::{Delivery, Door, ListenerId};
 use locum_kernel::notify::Listener;
@@ -13,6 +14,7 @@ use locum_kernel::signal;
 use locum_policy::{Metadata, Policy, State, Subject};
 
 use crate::Shared;
+use crate::again;
 use crate::lifeline;
 use crate::record::{Process, Record, RecordError, VERSION};
 use crate::recovery;
@@ -60,8 +62,12 @@ pub(crate) fn adopt(shared: &Arc<Shared>, delivery: Delivery, listener: Listener
         return;
     }
     let first = State::parse(&delivery.state).ok().and_then(|state| hold(&delivery, state.own_process()?));
-    let served = Arc::new(Served::new(delivery, listener, first, parks));
+    let seen = Seen::open(&seen_path(shared, &id, delivery.listener)).inspect_err(|error| {
+        tracing::error!(session = id, "calls are not safe if the journal is lost: {error}");
+    });
+    let served = Arc::new(Served::new(delivery, listener, first, seen.ok(), parks));
     lock(&session.served).insert(served.id(), Arc::clone(&served));
+    again::begin(&session, &served);
     recovery::adopt(&session, &served);
     worker::start(&session, &served, None);
     tracing::info!(session = id, listener = format!("{:016x}", served.id()), "serving");
@@ -79,6 +85,8 @@ pub(crate) fn end(shared: &Shared, listener: ListenerId) {
             let _ = signal::interrupt(watch.tid());
         }
         lifeline::forget(shared, &session.id, listener);
+        // There may never have been one.
+        let _ = std::fs::remove_file(seen_path(shared, &session.id, listener));
         lock(&shared.ending).push(served);
         if is_last {
             lock(&shared.sessions).remove(&session.id);
@@ -91,13 +99,17 @@ pub(crate) fn end(shared: &Shared, listener: ListenerId) {
     }
 }
 
+fn seen_path(shared: &Shared, session: &str, listener: ListenerId) -> PathBuf {
+    shared.folder(session).join(format!("{listener}.seen"))
+}
+
 fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Session>, Unserved> {
     let folder = shared.folder(id);
     let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder);
     made.map_err(|source| JournalError::Open { path: folder.clone(), source })?;
     let path = folder.join("record.json");
     let left = Record::read(&path, &shared.boot)?;
-    let journal = Journal::open(&folder.join("journal"))?;
+    let journal = open_journal(&folder)?;
     let is_new = left.is_none();
     let granted = grant(shared, delivery, left)
         .inspect_err(|why| tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}"))
@@ -118,6 +130,27 @@ fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Sess
     let session = Arc::new(Session::new(id.to_owned(), granted, journal, Arc::clone(shared)));
     lock(&shared.sessions).insert(id.to_owned(), Arc::clone(&session));
     Ok(session)
+}
+
+/// The session's journal: the one that is there, or a new one if it was lost or cannot be read.
+fn open_journal(folder: &Path) -> Result<Arc<Journal>, JournalError> {
+    let path = folder.join("journal");
+    match Journal::open_existing(&path) {
+        Err(JournalError::Open { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            again::doubt_all(folder);
+        }
+        Err(foreign @ (JournalError::Version { .. } | JournalError::NotAJournal { .. })) => {
+            again::doubt_all(folder);
+            let kept = folder.join("journal.foreign");
+            tracing::error!(
+                "{foreign}; it is {} now, and calls in the making are asked again",
+                kept.display()
+            );
+            std::fs::rename(&path, &kept).map_err(|source| JournalError::Open { path: kept, source })?;
+        }
+        opened => return opened,
+    }
+    Journal::open(&path)
 }
 
 /// What the session may have. `left` is its record, if it was served before.
@@ -203,7 +236,7 @@ pub(crate) fn sweep(shared: &Shared) {
     }
 }
 
-fn is_over(shared: &Shared, record: &std::path::Path) -> bool {
+fn is_over(shared: &Shared, record: &Path) -> bool {
     match Record::read(record, &shared.boot) {
         Ok(Some(Record { process: Some(process), .. })) => {
             let lives = |thread: &Thread| thread.start_time() == Ok(process.start_time);

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod adopt;
+mod again;
 mod answer;
 mod audit;
 mod caller;

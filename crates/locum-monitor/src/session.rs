@@ -5,7 +5,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use locum_journal::{Counters, Journal, Slot};
+use locum_journal::{Counters, Journal, Seen, Slot};
 use locum_keeper::client;
 use locum_keeper::protocol::Delivery;
 use locum_kernel::Errno;
@@ -79,6 +79,8 @@ pub(crate) struct Served {
     pub(crate) grown: AtomicU64,
     pub(crate) watches: Mutex<Vec<Arc<Watch>>>,
     pub(crate) lifeline: Lifeline,
+    /// Which calls were received; `None` if that cannot be noted.
+    pub(crate) seen: Option<Seen>,
     parks: Mutex<HashMap<u32, Arc<Park>>>,
 }
 
@@ -284,6 +286,7 @@ impl Served {
         delivery: Delivery,
         listener: Listener,
         first: Option<Thread>,
+        seen: Option<Seen>,
         parks: Vec<client::Park>,
     ) -> Self {
         // Not on kernels before 6.6, where answers are slower and nothing else differs.
@@ -300,6 +303,7 @@ impl Served {
             grown: AtomicU64::new(0),
             watches: Mutex::default(),
             lifeline: Lifeline::new(first),
+            seen,
             parks: Mutex::new(parks),
         }
     }

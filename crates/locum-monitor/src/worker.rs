@@ -12,6 +12,7 @@ use locum_kernel::credentials::{Rights, Worker as Thread};
 use locum_kernel::notify::{Answer, Notification};
 use locum_kernel::{Errno, crash};
 
+use crate::again;
 use crate::answer::Post;
 use crate::caller::Caller;
 use crate::calls::Outcome;
@@ -133,6 +134,9 @@ impl Worker {
                 }
             }
             let Some(call) = slot.call() else { continue };
+            if self.served.seen.as_ref().is_some_and(|seen| !seen.note(call.id)) {
+                again::before(&self.session, &self.served, call.id);
+            }
             if self.reserve && self.served.overwhelmed.load(Ordering::Acquire) {
                 self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
                 Post { session: &self.session, served: &self.served }.send(call.id, Answer::Error(Errno::IO));

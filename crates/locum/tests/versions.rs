@@ -136,45 +136,55 @@ fn calls_that_0_1_0_left_are_settled() {
     drop((monitor, keeper));
 }
 
-type Later<'a> = &'a dyn Fn(&[u8]) -> Vec<u8>;
-
 #[test]
-fn what_a_later_release_left_is_not_touched_and_nobody_else_notices() {
+fn a_record_of_a_later_release_is_not_touched_and_nobody_else_notices() {
     let ground = Ground::new();
     let (_keeper, mut monitor) = (ground.keeper(), ground.monitor());
     let one = ground.traffic(&[], &["--threads", "2", "--seconds", "120"]);
     let folder = folder_beside(&ground, &[]);
     let other = ground.traffic(&[], &["--threads", "2", "--seconds", "120"]);
     folder_beside(&ground, std::slice::from_ref(&folder));
-    let later_journal = |own: &[u8]| [&own[..8], &99_u64.to_ne_bytes(), &own[16..]].concat();
-    let later_record = |_: &[u8]| br#"{"version": 99, "more": [1]}"#.to_vec();
-    let files: [(&str, Later<'_>, &str); 2] = [
-        ("journal", &later_journal, "has version 99, this locum knows 1; it was left untouched"),
-        (
-            "record.json",
-            &later_record,
-            "is not a record of version 1: its version is 99; it was left untouched",
-        ),
-    ];
-    for (name, later, said) in files {
-        more_calls(&one);
-        monitor.kill();
-        let path = folder.join(name);
-        let own = fs::read(&path).unwrap();
-        let later = later(&own);
-        replace(&path, &later);
-        monitor = ground.monitor();
-        let said = format!("{} {said}", path.display());
-        until("a word about it", || fs::read_to_string(&ground.log).unwrap().contains(&said));
-        until("its calls to wait", || one.number("waiting_us") > 300_000);
-        more_calls(&other);
-        assert_eq!(fs::read(&path).unwrap(), later);
-        monitor.kill();
-        assert_eq!(fs::read(&path).unwrap(), later);
-        replace(&path, &own);
-        monitor = ground.monitor();
-        more_calls(&one);
-    }
+    more_calls(&one);
+    monitor.kill();
+    let path = folder.join("record.json");
+    let own = fs::read(&path).unwrap();
+    let later = br#"{"version": 99, "more": [1]}"#;
+    replace(&path, later);
+    monitor = ground.monitor();
+    let said =
+        format!("{} is not a record of version 1: its version is 99; it was left untouched", path.display());
+    until("a word about it", || fs::read_to_string(&ground.log).unwrap().contains(&said));
+    until("its calls to wait", || one.number("waiting_us") > 300_000);
+    more_calls(&other);
+    assert_eq!(fs::read(&path).unwrap(), later);
+    monitor.kill();
+    assert_eq!(fs::read(&path).unwrap(), later);
+    replace(&path, &own);
+    monitor = ground.monitor();
+    more_calls(&one);
     must_be_clean(&ground, &one);
     must_be_clean(&ground, &other);
+    drop(monitor);
+}
+
+/// What it holds is of use to nobody for long: its calls are asked again.
+#[test]
+fn a_journal_of_a_later_release_is_kept_and_its_session_served() {
+    let ground = Ground::new();
+    let (_keeper, mut monitor) = (ground.keeper(), ground.monitor());
+    let traffic = ground.traffic(&[], &["--threads", "2", "--seconds", "120"]);
+    let folder = folder_beside(&ground, &[]);
+    more_calls(&traffic);
+    monitor.kill();
+    let path = folder.join("journal");
+    let own = fs::read(&path).unwrap();
+    let later = [&own[..8], &99_u64.to_ne_bytes(), &own[16..]].concat();
+    replace(&path, &later);
+    monitor = ground.monitor();
+    more_calls(&traffic);
+    let said = format!("{} has version 99, this locum knows 1; it was left untouched", path.display());
+    assert!(fs::read_to_string(&ground.log).unwrap().contains(&said), "{}", ground.log_tail());
+    assert_eq!(fs::read(folder.join("journal.foreign")).unwrap(), later);
+    must_be_clean(&ground, &traffic);
+    drop(monitor);
 }
