@@ -16,6 +16,7 @@ use common::{
 use locum_keeper::client::Event;
 use locum_keeper::protocol::Door;
 use rustix::net::sockopt::set_socket_linger;
+use rustix::process::{Pid, Signal, kill_process};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -299,8 +300,12 @@ fn a_descriptor_that_does_not_close_delays_nobody() {
     set_socket_linger(&socket, Some(Duration::from_secs(3600))).unwrap();
     socket.set_nonblocking(true).unwrap();
     while socket.write(&[0; 4096]).is_ok() {}
+    // The keeper's must be the last copy: closed before it, ours would wait.
+    let keeper = Pid::from_raw(ground.keeper_pid().cast_signed()).unwrap();
+    kill_process(keeper, Signal::STOP).unwrap();
     send(&ground.door(), state("lingers", "creating").as_bytes(), &[socket.as_fd()]);
     drop(socket);
+    kill_process(keeper, Signal::CONT).unwrap();
     ground.await_log("found socket:");
     let workload = ground.container("next");
     assert!(matches!(common::next(&monitor), Event::Lease { .. }));
