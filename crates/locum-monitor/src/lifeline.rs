@@ -93,18 +93,35 @@ impl Lifeline {
         Self { first, looked: AtomicU64::new(0), holder: Mutex::default() }
     }
 
-    /// Sees to it that the workload of `caller`, which waits for `call`, holds a copy of the listener.
+    /// Sees to it that the workload of `caller`, which waits for `call`, holds a copy of the listener. The first look is waited
+    /// for: no call is answered before there is a lifeline, if there can be one.
     pub(crate) fn keep(&self, session: &Session, served: &Served, call: &Notification, caller: &Caller) {
-        let now = now_ms();
-        if now.saturating_sub(self.looked.load(Ordering::Relaxed)) < LOOK_MS {
+        let (now, looked) = (now_ms(), self.looked.load(Ordering::Acquire));
+        if now.saturating_sub(looked) < LOOK_MS {
             return;
         }
+        let is_first_look = looked == 0;
         let mut holder = match self.holder.try_lock() {
             Ok(holder) => holder,
+            Err(_) if is_first_look => lock(&self.holder),
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
-        let is_first_look = self.looked.swap(now, Ordering::Relaxed) == 0;
+        if is_first_look && self.looked.load(Ordering::Acquire) != 0 {
+            return;
+        }
+        self.look(&mut holder, is_first_look, session, served, (call, caller));
+        self.looked.store(now, Ordering::Release);
+    }
+
+    fn look(
+        &self,
+        holder: &mut Option<(Thread, RawFd)>,
+        is_first_look: bool,
+        session: &Session,
+        served: &Served,
+        (call, caller): (&Notification, &Caller),
+    ) {
         if !session.granted.as_ref().is_some_and(|granted| granted.policy.lifeline) {
             return;
         }

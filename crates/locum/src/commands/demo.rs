@@ -185,7 +185,9 @@ fn kill_until(
     while ended.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
         if let Some(pid) = supervisor.monitor_pid().filter(|pid| *pid != last) {
             last = pid;
-            let keeper = (seen.killed % 8 == 7).then(|| supervisor.keeper_pid()).flatten();
+            // Who has made no call has no lifeline yet.
+            let may_lose_all = seen.killed % 8 == 7 && moved.0 > 0;
+            let keeper = may_lose_all.then(|| supervisor.keeper_pid()).flatten();
             let killed = kill(pid, || supervisor.monitor_pid());
             let too = keeper.is_some_and(|keeper| kill(keeper, || supervisor.keeper_pid()));
             seen.killed += u64::from(killed);
