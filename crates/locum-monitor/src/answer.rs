@@ -10,7 +10,7 @@ use locum_kernel::notify::{Answer, CallId, Notification};
 use locum_kernel::process::Mark;
 use rustix::fs::OFlags;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, Turn};
 use crate::calls::{CutOff, Outcome, Written, int};
 use crate::session::{Served, Session, Undelivered, now_ms};
 
@@ -28,7 +28,7 @@ impl Post<'_> {
         &self,
         slot: Slot,
         call: &Notification,
-        caller: &Arc<Caller>,
+        (caller, turn): (&Arc<Caller>, Turn<'_>),
         outcome: Outcome,
         kept: Option<Undelivered>,
         was_begun: bool,
@@ -37,7 +37,7 @@ impl Post<'_> {
             Outcome::Give { file, close_on_exec } => {
                 let found = was_begun.then(|| find_lost(&slot, caller, &file, close_on_exec)).flatten();
                 let (there, file) = found.map_or((None, file), |(number, file)| (Some(number), file));
-                return self.give(slot, call, caller, (file, close_on_exec, there), kept);
+                return self.give(slot, call, (caller, turn), (file, close_on_exec, there), kept);
             }
             Outcome::GivePath { file, close_on_exec } => {
                 return self.give_path(slot, call, caller, (&file, close_on_exec));
@@ -107,7 +107,7 @@ impl Post<'_> {
         &self,
         slot: Slot,
         call: &Notification,
-        caller: &Caller,
+        (caller, turn): (&Caller, Turn<'_>),
         (file, close_on_exec, there): (OwnedFd, bool, Option<RawFd>),
         kept: Option<Undelivered>,
     ) -> Option<Slot> {
@@ -132,7 +132,7 @@ impl Post<'_> {
             kept.settle();
         }
         let number = there.map_or_else(|| self.install(&slot, call.id, &file, close_on_exec), Ok);
-        self.finish(slot, call, caller.started, file, &park, number)
+        self.finish(slot, call, (caller, turn), (file, number), &park)
     }
 
     /// Goes on with a hand-over that a dead monitor began.
@@ -140,7 +140,7 @@ impl Post<'_> {
         &self,
         slot: Slot,
         left: &Left,
-        caller: &Caller,
+        (caller, turn): (&Caller, Turn<'_>),
         file: OwnedFd,
     ) -> Option<Slot> {
         let call = &left.call;
@@ -156,7 +156,7 @@ impl Post<'_> {
             }
             Err(error) => Err(error),
         };
-        self.finish(slot, call, caller.started, file, &park, number)
+        self.finish(slot, call, (caller, turn), (file, number), &park)
     }
 
     /// Puts `file` into the caller's table. Marked, it is found there even if its park is lost before its number is noted.
@@ -169,10 +169,9 @@ impl Post<'_> {
         &self,
         slot: Slot,
         call: &Notification,
-        caller_started: u64,
-        file: OwnedFd,
+        (caller, turn): (&Caller, Turn<'_>),
+        (file, number): (OwnedFd, Result<RawFd, Errno>),
         park: &Arc<crate::park::Park>,
-        number: Result<RawFd, Errno>,
     ) -> Option<Slot> {
         let withdrawn = match number {
             Ok(number) => {
@@ -182,6 +181,8 @@ impl Post<'_> {
                 slot.sending();
                 if self.send(call.id, Answer::Value(i64::from(number))) {
                     slot.settle();
+                    // The caller may have made its next call already; what is left to do is no matter of its.
+                    drop(turn);
                     park.take();
                     return Some(slot);
                 }
@@ -216,7 +217,7 @@ impl Post<'_> {
             park: Arc::clone(park),
             file,
             call: *call,
-            caller_started,
+            caller_started: caller.started,
             descriptor: withdrawn,
             since,
         });

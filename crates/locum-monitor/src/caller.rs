@@ -12,6 +12,7 @@ use locum_kernel::notify::CallId;
 use locum_kernel::process::{Ids, Mark, Status, Thread};
 
 use crate::session::lock;
+use crate::watch::Watch;
 
 /// Threads that one session remembers; each costs four descriptors.
 const REMEMBERED: usize = 128;
@@ -34,6 +35,19 @@ pub(crate) struct Caller {
     program: OnceLock<Result<Gadgets, Unfit>>,
 }
 
+/// Held by a worker until the call that it is about is nobody's any more.
+#[derive(Debug)]
+pub(crate) struct Turn<'a> {
+    _busy: MutexGuard<'a, ()>,
+    watch: Arc<Watch>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.watch.answered();
+    }
+}
+
 impl Caller {
     fn meet(tid: u32) -> Result<Self, Errno> {
         let thread = Thread::hold(tid)?;
@@ -51,8 +65,8 @@ impl Caller {
     }
 
     /// Waits until no other worker is about a call of this thread.
-    pub(crate) fn turn(&self) -> MutexGuard<'_, ()> {
-        lock(&self.busy)
+    pub(crate) fn turn(&self, watch: &Arc<Watch>) -> Turn<'_> {
+        Turn { _busy: lock(&self.busy), watch: Arc::clone(watch) }
     }
 
     /// The ids with which the thread opens files now.

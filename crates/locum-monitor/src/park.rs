@@ -44,27 +44,27 @@ impl Park {
     /// are over, is closed.
     pub(crate) fn look(&self, id: CallId) -> Option<OwnedFd> {
         loop {
-            let (found, file) = self.receive(RecvFlags::PEEK)?;
+            let (found, file) = self.peek()?;
             if found == id {
                 return file;
             }
-            self.receive(RecvFlags::empty())?;
+            self.take();
         }
     }
 
     /// Closes all that waits.
     pub(crate) fn clear(&self) {
-        while self.receive(RecvFlags::empty()).is_some() {}
+        while self.take() {}
     }
 
-    /// Closes the one thing that waits.
-    pub(crate) fn take(&self) {
-        let _ = self.receive(RecvFlags::empty());
+    /// Closes the first thing that waits, if one does: what is received with no room for a descriptor, the kernel closes.
+    pub(crate) fn take(&self) -> bool {
+        rustix::net::recv(&self.far, &mut [0; 8], RecvFlags::empty()).is_ok_and(|(_, bytes)| bytes > 0)
     }
 
-    fn receive(&self, flags: RecvFlags) -> Option<(CallId, Option<OwnedFd>)> {
+    fn peek(&self) -> Option<(CallId, Option<OwnedFd>)> {
         let mut id = [0; 8];
-        let (bytes, file) = socket::receive_with(&self.far, &mut id, flags).ok()?;
+        let (bytes, file) = socket::receive_with(&self.far, &mut id, RecvFlags::PEEK).ok()?;
         (bytes > 0).then_some((CallId(u64::from_ne_bytes(id)), file))
     }
 }

@@ -1,7 +1,7 @@
 //! Nobody waits for ever: one thread looks at what every worker is about, and answers for those that take too long.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use locum_keeper::systemd::Heartbeat;
@@ -30,12 +30,20 @@ pub(crate) struct Watch {
     /// When its call began, in milliseconds since boot; 0 if it has none.
     since: AtomicU64,
     call: AtomicU64,
+    /// Whether its call has its answer, and only tidying up is left.
+    answered: AtomicBool,
 }
 
 impl Watch {
     pub(crate) fn of_this_thread(reserve: bool) -> Self {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
-        Self { tid, reserve, since: AtomicU64::new(0), call: AtomicU64::new(0) }
+        Self {
+            tid,
+            reserve,
+            since: AtomicU64::new(0),
+            call: AtomicU64::new(0),
+            answered: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn tid(&self) -> u32 {
@@ -44,7 +52,12 @@ impl Watch {
 
     pub(crate) fn begin(&self, call: CallId) {
         self.call.store(call.0, Ordering::Relaxed);
+        self.answered.store(false, Ordering::Relaxed);
         self.since.store(now_ms(), Ordering::Release);
+    }
+
+    pub(crate) fn answered(&self) {
+        self.answered.store(true, Ordering::Release);
     }
 
     pub(crate) fn end(&self) {
@@ -56,6 +69,23 @@ impl Watch {
         let since = self.since.load(Ordering::Acquire);
         (since != 0).then(|| (CallId(self.call.load(Ordering::Relaxed)), now.saturating_sub(since)))
     }
+}
+
+/// Whether a call waits that none of the workers will receive at once: all are, before and after, about the same others.
+pub(crate) fn is_short(served: &Served) -> bool {
+    let tick = u64::try_from(TICK.as_millis()).unwrap_or(u64::MAX);
+    let now = now_ms();
+    let about = || {
+        let watches = lock(&served.watches);
+        let workers = watches.iter().filter(|watch| !watch.reserve);
+        let calls = workers.map(|watch| {
+            let (call, lasted) = watch.busy(now)?;
+            (!watch.answered.load(Ordering::Acquire) || lasted >= tick).then_some(call)
+        });
+        calls.collect::<Option<Vec<_>>>()
+    };
+    let before = about();
+    before.is_some() && served.listener.is_queued() && before == about()
 }
 
 /// Looks after all sessions, for ever.

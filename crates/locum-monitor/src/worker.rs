@@ -1,6 +1,7 @@
 //! The threads that serve a listener. Each receives into a slot of its own, carries the call out and answers it. There is
-//! one, and one more whenever a call is found waiting with nobody to receive it, up to the session's limit: the answer to a
-//! lone caller comes from the worker that it woke, and a slow call delays others by one look of the watch at most.
+//! one, and one more whenever a call is found waiting while all are about another, up to the session's limit: a lone caller is
+//! answered by the one worker that it woke, however soon it calls again, since a second one costs it a wake of another
+//! processor; and a slow call delays others by one look of the watch at most.
 
 use std::cell::RefCell;
 use std::panic::AssertUnwindSafe;
@@ -20,7 +21,7 @@ use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::exact::Stray;
 use crate::recovery;
 use crate::session::{Served, Session, Undelivered, lock, now_ms};
-use crate::watch::Watch;
+use crate::watch::{self, Watch};
 
 /// Enough for the deepest handler, with room for a panic's message.
 const STACK: usize = 256 * 1024;
@@ -49,9 +50,7 @@ pub(crate) fn start_reserve(session: &Arc<Session>, served: &Arc<Served>) {
 /// Starts one more worker if calls wait with nobody to receive them, and the session may have one.
 pub(crate) fn grow(session: &Arc<Session>, served: &Arc<Served>) {
     let limit = session.granted.as_ref().map_or(1, |granted| granted.policy.limits.workers as usize);
-    let is_short =
-        served.idle.load(Ordering::Acquire) == 0 && session.workers.load(Ordering::Relaxed) < limit;
-    if is_short && served.listener.is_queued() {
+    if session.workers.load(Ordering::Relaxed) < limit && watch::is_short(served) {
         start(session, served, None);
     }
 }
@@ -185,7 +184,7 @@ impl Worker {
     }
 
     fn serve_caller(&mut self, slot: Slot, call: &Notification, caller: &Arc<Caller>) -> Result<Slot, Leave> {
-        let _turn = caller.turn();
+        let turn = caller.turn(&self.watch);
         self.served.lifeline.keep(&self.session, &self.served, call, caller);
         // That takes long, once, next to the call itself: to be killed in it says nothing about the call.
         self.session.callers.takes_path(caller);
@@ -211,7 +210,7 @@ impl Worker {
             Outcome::Fail(Errno::IO)
         });
         let post = Post { session: &self.session, served: &self.served };
-        let slot = post.deliver(slot, call, caller, outcome, kept.into_inner(), was_begun);
+        let slot = post.deliver(slot, call, (caller, turn), outcome, kept.into_inner(), was_begun);
         match slot {
             Some(slot) if sound => Ok(slot),
             Some(_) => Err(Leave::Unsound),
@@ -276,10 +275,7 @@ impl Worker {
             recovery::Repair::HandOver(file) => {
                 self.watch.begin(call.id);
                 let slot = match self.session.callers.meet(call.tid) {
-                    Ok(caller) => {
-                        let _turn = caller.turn();
-                        post.hand_over_again(slot, left, &caller, file)
-                    }
+                    Ok(caller) => post.hand_over_again(slot, left, (&caller, caller.turn(&self.watch)), file),
                     Err(error) => {
                         self.fail_unmet(&call, error);
                         slot.settle();

@@ -55,7 +55,7 @@ struct Report {
     percentiles_us: Percentiles,
     /// A true `O_PATH` descriptor, of a symbolic link.
     exact_o_path_us: Exact,
-    /// What single parts cost, measured apart.
+    /// What single parts cost, measured apart in each round.
     parts_us: Parts,
     calls_a_second: Vec<Throughput>,
     recovery_ms: Recovery,
@@ -196,19 +196,24 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
     let native = setup.native(args.calls)?;
     // Once for nothing, so that neither pays for what is only cold.
     setup.delegated(args.calls.min(500), 1)?;
-    let (mut floors, mut served) = (Vec::new(), Vec::new());
+    let (mut floors, mut served, mut apart) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..args.rounds {
         floors.push(floor::round(setup.export.path(), setup.place.runtime_dir.path(), args.calls)?);
         served.push(setup.delegated(args.calls, 1)?);
+        apart.push(parts(setup, args.calls)?);
     }
     let pair = |times: &[Times]| Pair {
         name_to_handle_at: median(times.iter().map(|times| median_us(&times.name))),
         open_by_handle_at: median(times.iter().map(|times| median_us(&times.open))),
     };
-    let ratio = |of: fn(&Times) -> &[u64], less: f64| {
-        let rounds = served.iter().zip(&floors);
-        median(rounds.map(|(served, floor)| (median_us(of(served)) - less) / median_us(of(floor))))
+    let ratio = |of: fn(&Times) -> &[u64], less: fn(&Parts) -> f64| {
+        let rounds = served.iter().zip(&floors).zip(&apart);
+        median(
+            rounds
+                .map(|((served, floor), apart)| (median_us(of(served)) - less(apart)) / median_us(of(floor))),
+        )
     };
+    let part = |of: fn(&Parts) -> f64| median(apart.iter().map(of));
     let all = |of: fn(&Times) -> &[u64]| served.iter().flat_map(of).copied().collect::<Vec<_>>();
     let throughput = |threads| {
         let times = setup.delegated(args.calls, threads)?;
@@ -216,7 +221,6 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
         Ok(Throughput { threads, calls })
     };
     let supervisor = setup.place.own.as_ref().context("the keeper is not ours")?;
-    let parts = parts(setup, args.calls)?;
     let gaps: Vec<f64> =
         recovery::measure(setup, supervisor, args.kills)?.iter().map(|gap| gap.as_secs_f64() * 1e3).collect();
     Ok(Report {
@@ -233,18 +237,23 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
         },
         delegated_us: pair(&served),
         ratio: Pair {
-            name_to_handle_at: ratio(|times| &times.name, 0.0),
-            open_by_handle_at: ratio(|times| &times.open, 0.0),
+            name_to_handle_at: ratio(|times| &times.name, |_| 0.0),
+            open_by_handle_at: ratio(|times| &times.open, |_| 0.0),
         },
         ratio_of_open_less_parts: ratio(
             |times| &times.open,
-            parts.journal + parts.parked_copy + parts.second_step_of_open,
+            |parts| parts.journal + parts.parked_copy + parts.second_step_of_open,
         ),
         percentiles_us: Percentiles {
             name_to_handle_at: spread(all(|times| &times.name)),
             open_by_handle_at: spread(all(|times| &times.open)),
         },
-        parts_us: parts,
+        parts_us: Parts {
+            journal: part(|parts| parts.journal),
+            signature: part(|parts| parts.signature),
+            parked_copy: part(|parts| parts.parked_copy),
+            second_step_of_open: part(|parts| parts.second_step_of_open),
+        },
         calls_a_second: [1, 2, 8].into_iter().map(throughput).collect::<anyhow::Result<_>>()?,
         recovery_ms: Recovery {
             kills: gaps.len(),
