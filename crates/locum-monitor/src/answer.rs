@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
+use locum_kernel::fault::die_at;
 use locum_kernel::notify::{Answer, CallId, Notification};
 use locum_kernel::process::Mark;
 use rustix::fs::OFlags;
@@ -121,7 +122,9 @@ impl Post<'_> {
                 return self.give_up(slot, call, caller, error);
             }
         };
+        die_at(21);
         slot.parked();
+        die_at(22);
         let there = there.or_else(|| kept.as_ref().and_then(|kept| kept.descriptor));
         let there = there.filter(|fd| caller.thread.has(*fd, file.as_fd()) == Ok(true));
         if let Some(kept) = kept {
@@ -162,7 +165,10 @@ impl Post<'_> {
     /// Puts `file` into the caller's table. Marked, it is found there even if its park is lost before its number is noted.
     fn install(&self, slot: &Slot, id: CallId, file: &OwnedFd, close_on_exec: bool) -> Result<RawFd, Errno> {
         Mark::new(slot.index()).put(file.as_fd())?;
-        self.served.listener.add_descriptor(id, file.as_fd(), close_on_exec)
+        die_at(23);
+        let number = self.served.listener.add_descriptor(id, file.as_fd(), close_on_exec);
+        die_at(24);
+        number
     }
 
     fn finish(
@@ -176,14 +182,20 @@ impl Post<'_> {
         let withdrawn = match number {
             Ok(number) => {
                 slot.installed(number);
+                die_at(25);
                 // It is one that takes marks.
                 let _ = Mark::remove(file.as_fd());
+                die_at(26);
                 slot.sending();
+                die_at(27);
                 if self.send(call.id, Answer::Value(i64::from(number))) {
+                    die_at(28);
                     slot.settle();
+                    die_at(29);
                     // The caller may have made its next call already; what is left to do is no matter of its.
                     drop(turn);
                     park.take();
+                    die_at(30);
                     return Some(slot);
                 }
                 Some(number)

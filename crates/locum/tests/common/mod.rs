@@ -141,6 +141,15 @@ impl Ground {
         self.start(&["monitor", "--keys", keys.to_str().unwrap()])
     }
 
+    /// A monitor that dies at `step` (`locum_kernel::fault::die_at`), the first `after` times excepted. In debug builds only.
+    pub(crate) fn mortal_monitor(&self, step: u32, after: u32) -> Process {
+        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        let mut command = locum(&["monitor", "--runtime-dir", self.path(), "--keys"]);
+        command.arg(self.runtime.path().join("keys")).stderr(log);
+        command.env("LOCUM_DIE_AT", step.to_string()).env("LOCUM_DIE_AFTER", after.to_string());
+        Process(command.spawn().unwrap())
+    }
+
     /// `locum run` here, with the traffic as its command.
     pub(crate) fn traffic(&self, run: &[&str], traffic: &[&str]) -> Traffic {
         let files = self.files.path().to_str().unwrap();
