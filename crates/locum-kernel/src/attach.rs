@@ -98,7 +98,7 @@ impl From<Errno> for Refusal {
 pub struct Attached {
     /// The filter's listener.
     pub listener: Listener,
-    /// The filters that were there before.
+    /// The filters that are there now.
     pub filters: InForce,
     stopped: Stopped,
     number: RawFd,
@@ -242,7 +242,7 @@ fn permit(chosen: &Chosen, calls: &[(&'static str, i32)], length: usize) -> Resu
 fn install(
     process: &Thread,
     Chosen { stopped, registers, room, gadgets }: Chosen,
-    filters: InForce,
+    mut filters: InForce,
     filter: &Filter,
     no_new_privs: bool,
 ) -> Result<Attached, Refusal> {
@@ -270,6 +270,7 @@ fn install(
     };
     let listener =
         Listener::try_from(process.descriptor(number)?).map_err(|_| Refusal::Kernel(Errno::BADF))?;
+    filters.0.insert(0, program.to_vec());
     Ok(Attached { listener, filters, stopped, number, close: installation.close })
 }
 

@@ -52,9 +52,14 @@ impl InForce {
         self.0.len()
     }
 
+    /// The newest one's [text](crate::filter::Filter::to_text).
+    pub fn newest(&self) -> Option<String> {
+        self.0.first().map(|filter| filter::text(filter))
+    }
+
     /// How many more filters of `length` instructions the kernel takes.
     pub fn room(&self, length: usize) -> usize {
-        MOST_INSTRUCTIONS.saturating_sub(self.instructions()) / (length + OVERHEAD)
+        room(self.instructions(), 0, length)
     }
 
     /// Who put each filter in that may ask a listener; `None` for one that no locum put in from outside.
@@ -78,6 +83,15 @@ impl InForce {
     }
 }
 
+/// How many more filters of `length` instructions the kernel takes at least, where it counts `instructions` for those that are known
+/// and there are `others`.
+pub fn room(instructions: usize, others: usize, length: usize) -> usize {
+    let used = instructions.saturating_add(others.saturating_mul(LONGEST + OVERHEAD));
+    MOST_INSTRUCTIONS.saturating_sub(used) / (length + OVERHEAD)
+}
+
+/// `BPF_MAXINSNS`: no filter is longer.
+const LONGEST: usize = 4096;
 /// `MAX_INSNS_PER_PATH`, and what a filter costs beside its instructions (`kernel/seccomp.c`).
 const MOST_INSTRUCTIONS: usize = 32768;
 const OVERHEAD: usize = 4;
@@ -249,6 +263,17 @@ mod tests {
         let notify = vec![step(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0, 0)];
         assert_eq!(of_call(&[allow.clone(), filter(), notify.clone()], 1).0, Action::Errno);
         assert_eq!(of_call(&[allow, notify], 1), (Action::Notify, Action::Notify));
+    }
+
+    #[test]
+    fn there_is_room_for_as_many_filters_as_the_kernel_counts() {
+        let two = InForce(vec![filter(), filter()]);
+        assert_eq!((two.count(), two.instructions()), (2, 26));
+        assert_eq!(two.room(13), (32768 - 26) / 17);
+        assert_eq!(room(0, 0, 32764), 1);
+        assert_eq!(room(0, 0, 32765), 0);
+        assert_eq!(room(26, 1, 13), (32768 - 26 - 4100) / 17);
+        assert_eq!(room(26, 100, 13), 0);
     }
 
     #[test]

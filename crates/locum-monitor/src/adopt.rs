@@ -16,7 +16,8 @@ use locum_policy::{Metadata, Policy, State, Subject};
 use crate::Shared;
 use crate::again;
 use crate::lifeline;
-use crate::record::{Process, Record, RecordError, VERSION};
+use crate::reattach::{ANNOTATION, Told};
+use crate::record::{Filters, Process, Record, RecordError, VERSION, pid_namespace};
 use crate::recovery;
 use crate::session::{Granted, Served, Session, lock};
 use crate::worker;
@@ -111,7 +112,12 @@ fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Sess
     let left = Record::read(&path, &shared.boot)?;
     let journal = open_journal(&folder)?;
     let is_new = left.is_none();
-    let granted = grant(shared, delivery, left)
+    let told = told(delivery);
+    if is_new && told.detached {
+        let marker = shared.runtime_dir.detached(id);
+        std::fs::write(&marker, "").map_err(|source| JournalError::Open { path: marker, source })?;
+    }
+    let granted = grant(shared, delivery, left, told.filters)
         .inspect_err(|why| tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}"))
         .ok();
     if let Some(granted) = &granted {
@@ -153,8 +159,20 @@ fn open_journal(folder: &Path) -> Result<Arc<Journal>, JournalError> {
     Journal::open(&path)
 }
 
+/// What `locum attach` says beside what a runtime says.
+fn told(delivery: &Delivery) -> Told {
+    let state = State::parse(&delivery.state).ok().filter(|_| matches!(delivery.door, Door::Root));
+    let text = state.and_then(|state| state.annotations.get(ANNOTATION).cloned());
+    text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+}
+
 /// What the session may have. `left` is its record, if it was served before.
-fn grant(shared: &Shared, delivery: &Delivery, left: Option<Record>) -> Result<Granted, Denied> {
+fn grant(
+    shared: &Shared,
+    delivery: &Delivery,
+    left: Option<Record>,
+    filters: Option<Filters>,
+) -> Result<Granted, Denied> {
     let state = State::parse(&delivery.state)?;
     let metadata: Metadata = state.metadata.as_deref().ok_or(Denied::NoMetadata)?.parse()?;
     let policy = find_policy(shared, &metadata.policy)?;
@@ -185,6 +203,8 @@ fn grant(shared: &Shared, delivery: &Delivery, left: Option<Record>) -> Result<G
         process: first
             .as_ref()
             .and_then(|first| Some(Process { pid: first.tid(), start_time: first.start_time().ok()? })),
+        namespace: pid_namespace().ok(),
+        filters,
         exports: Vec::new(),
     };
     Ok(Granted::new(policy, record, first))

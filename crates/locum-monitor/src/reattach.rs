@@ -8,8 +8,24 @@ use locum_keeper::RuntimeDir;
 use locum_kernel::credentials;
 use locum_kernel::process::Thread;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Shared;
-use crate::record::{Record, boot_id};
+pub use crate::record::Filters;
+use crate::record::{Record, boot_id, pid_namespace};
+
+/// Where [`Told`] stands among a container's annotations. It is believed at root's door only.
+pub const ANNOTATION: &str = "locum.attached";
+
+/// What `locum attach` says of a listener, beside what a runtime says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Told {
+    /// The process's filters, with ours.
+    pub filters: Option<Filters>,
+    /// Whether its calls are to run unhelped, as they did when the listener was lost.
+    pub detached: bool,
+}
 
 /// A session that was served once, from its record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +42,10 @@ pub struct Lost {
     pub key: Option<String>,
     /// The workload's first process, which lives.
     pub process: u32,
+    /// Its filters, if `locum attach` put the last one in.
+    pub filters: Option<Filters>,
+    /// Whether its calls ran unhelped, since somebody wished so.
+    pub detached: bool,
 }
 
 /// Every session in `runtime_dir` whose first process lives, and which root's runtime began: a rootless user's has to be begun
@@ -39,6 +59,10 @@ pub fn on_disk(runtime_dir: &RuntimeDir) -> std::io::Result<Vec<Lost>> {
 fn read(folder: &Path, boot: &str) -> Option<Lost> {
     let record = Record::read(&folder.join("record.json"), boot).ok()??;
     let process = record.process.as_ref().filter(|_| record.user.is_none())?;
+    // Elsewhere another process may be so numbered, and have started at the same time.
+    if record.namespace.is_some_and(|namespace| pid_namespace().ok() != Some(namespace)) {
+        return None;
+    }
     let lives = Thread::hold(process.pid).and_then(|held| held.start_time()) == Ok(process.start_time);
     lives.then(|| Lost {
         folder: folder.to_owned(),
@@ -47,7 +71,14 @@ fn read(folder: &Path, boot: &str) -> Option<Lost> {
         policy: record.policy.clone(),
         key: Some(record.key).filter(|key| !key.is_empty()),
         process: process.pid,
+        filters: record.filters.clone(),
+        detached: folder.join("detached").exists(),
     })
+}
+
+/// The filters of the first process of the session in `folder`, if `locum attach` put the last one in.
+pub fn filters(folder: &Path) -> Option<Filters> {
+    Record::read(&folder.join("record.json"), &boot_id().ok()?).ok()??.filters
 }
 
 /// Has the surgeon see to the sessions `ids`, if any of their workloads live.

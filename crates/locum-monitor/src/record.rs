@@ -30,6 +30,12 @@ pub(crate) struct Record {
     pub(crate) user: Option<u32>,
     /// The workload's first process, if it is known.
     pub(crate) process: Option<Process>,
+    /// The pid namespace in which processes are so numbered: its inode. `None`: the release that wrote this did not say.
+    #[serde(default)]
+    pub(crate) namespace: Option<u64>,
+    /// The first process's filters, if `locum attach` put the last one in.
+    #[serde(default)]
+    pub(crate) filters: Option<Filters>,
     /// The exports that were found.
     pub(crate) exports: Vec<FoundExport>,
 }
@@ -41,6 +47,17 @@ pub(crate) struct Process {
     pub(crate) pid: u32,
     /// When it started, in clock ticks since boot.
     pub(crate) start_time: u64,
+}
+
+/// The filters of a process, as `locum attach` left it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filters {
+    /// How many there were.
+    pub count: usize,
+    /// What the kernel counts of them.
+    pub instructions: usize,
+    /// The newest one's text.
+    pub newest: String,
 }
 
 /// An export and the mount that it was found to be.
@@ -118,6 +135,12 @@ pub(crate) fn write_whole(what: &impl Serialize, path: &Path) -> io::Result<()> 
     fs::rename(&fresh, path)
 }
 
+/// Our own pid namespace: its inode.
+pub(crate) fn pid_namespace() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(fs::metadata("/proc/self/ns/pid")?.ino())
+}
+
 /// The id of this boot.
 pub(crate) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
@@ -141,6 +164,8 @@ mod tests {
             key: "0011aaff".into(),
             user: Some(1000),
             process: Some(Process { pid: 4711, start_time: 987_654 }),
+            namespace: None,
+            filters: None,
             exports: vec![FoundExport { path: "/share".into(), mount: 2_147_484_000 }],
         };
         assert_eq!(Record::read(&path, &wanted.boot).unwrap(), Some(wanted));
@@ -160,6 +185,8 @@ mod tests {
             key: "00000001".into(),
             user: None,
             process: Some(Process { pid: 1, start_time: 2 }),
+            namespace: Some(4_026_531_836),
+            filters: Some(Filters { count: 2, instructions: 40, newest: "0015".into() }),
             exports: vec![FoundExport { path: "/share".into(), mount: 3 }],
         };
         record.write(&path).unwrap();

@@ -16,7 +16,7 @@ use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
 use locum_kernel::verdict::InForce;
 use locum_kernel::{Errno, arch};
-use locum_monitor::reattach::{self, Lost};
+use locum_monitor::reattach::{self, Filters, Lost, Told};
 use locum_policy::Policy;
 
 use super::confined::{self, Delivery};
@@ -66,18 +66,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         own,
         seen: HashSet::new(),
         attached: Vec::new(),
+        served: Vec::new(),
         refused: 0,
     };
     if args.named.lost {
-        let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.container == lost.container);
+        let is_held = |lost: &Lost| status.sessions.iter().any(|session| session.id.to_string() == lost.id);
         for lost in reattach::on_disk(&work.runtime_dir)?.into_iter().filter(|lost| !is_held(lost)) {
-            let processes = Processes::Both { first: lost.process, container: lost.container.clone() };
-            work.all(&processes, &lost.policy, lost.key.as_deref())?;
-            if work.attached.contains(&lost.process) {
-                // The workload has another session now.
-                std::fs::remove_dir_all(&lost.folder)
-                    .with_context(|| format!("cannot remove {}", lost.folder.display()))?;
-            }
+            work.again(&lost)?;
         }
     } else {
         for pid in &args.named.pid {
@@ -92,10 +87,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 println!("{}: attached again", session.id);
             }
         }
-        work.all(&processes, &args.policy, None)?;
+        let workload = Workload { container: &name, policy: &args.policy, key: None, detached: false };
+        work.all(&processes, &workload)?;
         anyhow::ensure!(!work.seen.is_empty(), "wanted a running process, found none");
     }
-    println!("{} attached, {} left as they are", work.attached.len(), work.refused);
+    work.tell(&format!("{} attached, {} left as they are", work.attached.len(), work.refused));
     Ok(ExitCode::from(u8::from(work.refused > 0)))
 }
 
@@ -105,6 +101,12 @@ fn calls(policy: &str) -> Vec<(&'static str, i32)> {
     let wanted =
         |name: &str| known.as_ref().is_none_or(|policy| policy.calls.iter().any(|call| call.name() == name));
     arch::CALLS.iter().copied().filter(|(name, _)| wanted(name)).collect()
+}
+
+/// How many instructions a filter of ours has at most.
+pub(crate) fn longest() -> usize {
+    let all: Vec<i32> = arch::CALLS.iter().map(|(_, nr)| *nr).collect();
+    Filter::notify(&all).with_origin(Origin { device: 0, inode: 0 }).length()
 }
 
 /// How long what keeps a lost listener's place is waited for.
@@ -122,6 +124,7 @@ struct Work<'a> {
     own: Vec<u32>,
     seen: HashSet<u32>,
     attached: Vec<u32>,
+    served: Vec<u32>,
     refused: u32,
 }
 
@@ -130,6 +133,7 @@ struct Workload<'a> {
     container: &'a str,
     policy: &'a str,
     key: Option<&'a str>,
+    detached: bool,
 }
 
 enum Done {
@@ -152,31 +156,74 @@ impl Done {
 
 impl Work<'_> {
     /// All of a workload. What is started while we work is found the next time around, until there is nothing new.
-    fn all(&mut self, processes: &Processes, policy: &str, key: Option<&str>) -> anyhow::Result<()> {
-        let container = processes.name();
-        let workload = Workload { container: &container, policy, key };
+    fn all(&mut self, processes: &Processes, workload: &Workload<'_>) -> anyhow::Result<()> {
         loop {
             let new: Vec<u32> = processes.now()?.into_iter().filter(|pid| self.seen.insert(*pid)).collect();
             if new.is_empty() {
                 return Ok(());
             }
             for pid in new {
-                match self.one(pid, &workload) {
+                match self.one(pid, workload) {
                     Ok(done) => {
-                        if matches!(done, Done::Attached | Done::TakenBack) {
-                            self.attached.push(pid);
+                        match done {
+                            Done::Attached | Done::TakenBack => self.attached.push(pid),
+                            Done::Served => self.served.push(pid),
+                            Done::Would(_) => {}
                         }
-                        println!("process {pid}: {}", done.as_str());
+                        self.tell(&format!("process {pid}: {}", done.as_str()));
                     }
                     // It has ended meanwhile.
                     Err(error) if has_ended(&error) => {}
                     Err(error) => {
                         self.refused += 1;
-                        println!("process {pid}: left as it is: {error:#}");
+                        self.tell(&format!("process {pid}: left as it is: {error:#}"));
                     }
                 }
             }
         }
+    }
+
+    /// What a monitor started is said where the monitor says what it does.
+    fn tell(&self, line: &str) {
+        if self.args.named.lost { eprintln!("surgeon: {line}") } else { println!("{line}") }
+    }
+
+    /// A workload whose listener is lost.
+    fn again(&mut self, lost: &Lost) -> anyhow::Result<()> {
+        if let Err(error) = self.is_it(lost) {
+            if !has_ended(&error) {
+                self.refused += 1;
+                self.tell(&format!("process {}: left as it is: {error:#}", lost.process));
+            }
+            return Ok(());
+        }
+        let processes = Processes::Both { first: lost.process, container: lost.container.clone() };
+        let key = lost.key.as_deref();
+        let workload =
+            Workload { container: &lost.container, policy: &lost.policy, key, detached: lost.detached };
+        self.all(&processes, &workload)?;
+        if self.attached.iter().chain(&self.served).any(|pid| *pid == lost.process) {
+            // The workload has another session now.
+            std::fs::remove_dir_all(&lost.folder)
+                .with_context(|| format!("cannot remove {}", lost.folder.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the first process is the one that was served: it is under the very filter of then.
+    fn is_it(&self, lost: &Lost) -> anyhow::Result<()> {
+        let filters = attach::filters(&self.hold(lost.process)?)?;
+        match &lost.filters {
+            Some(known) => anyhow::ensure!(
+                filters.have(&known.newest),
+                "it is not under the filter that it had when it was attached"
+            ),
+            None => anyhow::ensure!(
+                !filters.origins().is_empty(),
+                "it is under no filter that asks a listener, so it cannot have lost one"
+            ),
+        }
+        Ok(())
     }
 
     fn hold(&self, pid: u32) -> anyhow::Result<Thread> {
@@ -212,13 +259,13 @@ impl Work<'_> {
             return match attach::attach(&process, &filter, &calls, !has_promise) {
                 Ok(attached) => {
                     // Before the process goes on and closes its own copy: from then on somebody else holds it.
-                    self.deliver(&process, &attached.listener, workload)?;
+                    self.deliver(&process, &attached.listener, &attached.filters, workload)?;
                     attached.without_copy()?;
                     Ok(Done::Attached)
                 }
                 Err(Refusal::Busy(filters)) => match self.whose(&process, &filters)? {
                     Whose::LeftBehind(listener) => {
-                        self.deliver(&process, &listener, workload)?;
+                        self.deliver(&process, &listener, &filters, workload)?;
                         Ok(Done::TakenBack)
                     }
                     // Whoever had the one that is lost may not be all gone yet.
@@ -270,16 +317,28 @@ impl Work<'_> {
         })
     }
 
-    fn deliver(&self, process: &Thread, listener: &Listener, workload: &Workload<'_>) -> anyhow::Result<()> {
+    fn deliver(
+        &self,
+        process: &Thread,
+        listener: &Listener,
+        filters: &InForce,
+        workload: &Workload<'_>,
+    ) -> anyhow::Result<()> {
         let door =
             confined::connect(&self.runtime_dir.front_door()).context("cannot reach the front door")?;
         let policy = workload
             .key
             .map_or_else(|| workload.policy.to_owned(), |key| format!("{},key={key}", workload.policy));
+        let filters = filters.newest().map(|newest| Filters {
+            count: filters.count(),
+            instructions: filters.instructions(),
+            newest,
+        });
+        let told = Told { filters, detached: workload.detached };
         confined::deliver(
             &door,
             listener,
-            &Delivery { pid: process.tid(), id: workload.container, policy: &policy },
+            &Delivery { pid: process.tid(), id: workload.container, policy: &policy, told: Some(&told) },
         )
     }
 }

@@ -1,5 +1,6 @@
 //! `locum confined`: what `locum run` starts, and what becomes CMD.
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -13,6 +14,7 @@ use anyhow::Context as _;
 use locum_kernel::filter::{Filter, Wait};
 use locum_kernel::notify::Listener;
 use locum_kernel::{Errno, arch, confine};
+use locum_monitor::reattach::{ANNOTATION, Told};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -57,7 +59,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         anyhow::bail!("locum run is gone");
     }
     let listener = install(args)?;
-    let delivery = Delivery { pid: std::process::id(), id: &args.id, policy: &args.policy };
+    let delivery = Delivery { pid: std::process::id(), id: &args.id, policy: &args.policy, told: None };
     deliver(&door, &listener, &delivery).context("cannot hand the listener to the keeper")?;
     // Both are closed by exec too; but until then no copy of the listener may be here: whoever holds one can answer
     // the calls that it waits for.
@@ -114,17 +116,22 @@ pub(crate) struct Delivery<'a> {
     pub(crate) id: &'a str,
     /// The policy's name.
     pub(crate) policy: &'a str,
+    /// What an attached process's session is to know.
+    pub(crate) told: Option<&'a Told>,
 }
 
 /// Sends what a container runtime sends: the OCI `ContainerProcessState`, with the listener.
 pub(crate) fn deliver(door: &OwnedFd, listener: &Listener, delivery: &Delivery<'_>) -> anyhow::Result<()> {
-    let Delivery { pid, id, policy } = delivery;
+    let Delivery { pid, id, policy, told } = delivery;
+    let annotation = |told: &Told| Ok((ANNOTATION, serde_json::to_string(told)?));
+    let annotations: HashMap<_, _> =
+        told.iter().map(|told| annotation(told)).collect::<anyhow::Result<_>>()?;
     let state = serde_json::json!({
         "ociVersion": "1.0.2",
         "fds": ["seccompFd"],
         "pid": pid,
         "metadata": format!("policy={policy}"),
-        "state": {"ociVersion": "1.0.2", "id": id, "status": "creating", "pid": pid, "bundle": "/"},
+        "state": {"ociVersion": "1.0.2", "id": id, "status": "creating", "pid": pid, "bundle": "/", "annotations": annotations},
     })
     .to_string();
     let sent = locum_kernel::socket::send_with(door, state.as_bytes(), listener.as_fd())?;

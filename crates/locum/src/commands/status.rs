@@ -7,7 +7,12 @@ use anyhow::Context as _;
 use locum_journal::{Counters, Journal, Totals};
 use locum_keeper::protocol::{Report, SessionReport};
 use locum_keeper::{RuntimeDir, client};
+use locum_kernel::process::Thread;
+use locum_kernel::verdict;
+use locum_monitor::reattach;
 use locum_policy::Metadata;
+
+use super::attach;
 
 /// Who is served, what was refused, which monitor answers. Needs root.
 #[derive(clap::Args)]
@@ -60,6 +65,7 @@ fn session_json(runtime_dir: &RuntimeDir, session: &SessionReport) -> serde_json
         "recovered": totals.recovered,
         "reattached": totals.reattached,
         "abandoned": totals.abandoned,
+        "filters_left": filters_left(runtime_dir, session),
     })
 }
 
@@ -79,26 +85,36 @@ fn print(runtime_dir: &RuntimeDir, status: &Report) {
     }
     println!();
     println!(
-        "{:<40} {:<16} {:>9} {:>12} {:>9} {:>9} {:>9}",
-        "SESSION", "POLICY", "LISTENERS", "CALLS", "REFUSED", "RECOVERED", "ABANDONED"
+        "{:<40} {:<16} {:>9} {:>12} {:>9} {:>9} {:>9} {:>12}",
+        "SESSION", "POLICY", "LISTENERS", "CALLS", "REFUSED", "RECOVERED", "ABANDONED", "FILTERS LEFT"
     );
     for session in &status.sessions {
         let totals = totals(runtime_dir, session);
         println!(
-            "{:<40} {:<16} {:>9} {:>12} {:>9} {:>9} {:>9}",
+            "{:<40} {:<16} {:>9} {:>12} {:>9} {:>9} {:>9} {:>12}",
             session.id.to_string(),
             policy(session).unwrap_or_else(|| "-".to_owned()),
             session.listeners,
             totals.calls,
             totals.refused,
             totals.recovered,
-            totals.abandoned
+            totals.abandoned,
+            filters_left(runtime_dir, session).map_or_else(|| "-".to_owned(), |left| left.to_string())
         );
     }
 }
 
 fn policy(session: &SessionReport) -> Option<String> {
     session.metadata.as_deref()?.parse().ok().map(|metadata: Metadata| metadata.policy)
+}
+
+/// How many more filters fit into the session's first process at least: each attach puts one in, and none ever leaves. `None`:
+/// the process is not known, or has ended.
+fn filters_left(runtime_dir: &RuntimeDir, session: &SessionReport) -> Option<usize> {
+    let now = Thread::hold(session.pid).and_then(|process| process.status()).ok()?.filters;
+    let known = reattach::filters(&runtime_dir.sessions().join(session.id.to_string()));
+    let (count, instructions) = known.map_or((0, 0), |known| (known.count, known.instructions));
+    Some(verdict::room(instructions, now.saturating_sub(count), attach::longest()))
 }
 
 /// The session's counters. One that no monitor has seen yet has none.
