@@ -22,6 +22,7 @@ use crate::protocol::{Door, FromKeeper, ListenerId, Peer, SessionId};
 use crate::registry::Registry;
 use crate::snapshot::SnapshotError;
 use crate::sockets::{self, Sockets};
+use crate::store::Store;
 use crate::systemd::{self, Heartbeat};
 use upgrade::Upgrade;
 pub use upgrade::{rehearse, resume};
@@ -60,7 +61,12 @@ pub fn run(sockets: Sockets, stop: impl AsFd, starter: Option<u32>) -> Result<()
         lives.then_some(()).ok_or(KeeperError::Orphaned)?;
     }
     let mut keeper = Keeper::new(sockets, owner)?;
-    tracing::info!(doors = keeper.doors.len(), "the keeper is ready");
+    let stored = std::mem::take(&mut keeper.sockets.stored);
+    if let Some(store) = &mut keeper.store {
+        store.take_back(stored, &mut keeper.registry, &mut keeper.leases, &mut keeper.clients);
+    }
+    let (doors, sessions) = (keeper.doors.len(), keeper.registry.sessions.len());
+    tracing::info!(doors, sessions, "the keeper is ready");
     systemd::tell(NotifyState::Ready);
     keeper.keep(stop.as_fd())
 }
@@ -111,6 +117,8 @@ struct Keeper {
     no_send_before: Option<Instant>,
     heartbeat: Heartbeat,
     upgrade: Option<Upgrade>,
+    /// `None`: no service manager keeps descriptors for us.
+    store: Option<Store>,
 }
 
 impl Keeper {
@@ -147,6 +155,7 @@ impl Keeper {
             no_send_before: None,
             heartbeat: Heartbeat::start(),
             upgrade: None,
+            store: Store::start(),
         })
     }
 
@@ -160,6 +169,9 @@ impl Keeper {
                 Err(error) => return Err(KeeperError::Own("wait", error.into())),
             }
             self.refuse_slow();
+            if let Some(store) = &mut self.store {
+                store.update(&self.registry, &self.leases, &self.clients);
+            }
             self.go_on_upgrading(stop);
             self.flush();
             self.heartbeat.beat();
@@ -186,7 +198,9 @@ impl Keeper {
             add(Source::Rehearsal, process, PollFlags::IN);
         }
         let upgrade_due = upgrade.map(|upgrade| upgrade.until);
-        let pauses = [self.no_accept_before, self.no_send_before, self.heartbeat.due(), upgrade_due];
+        let store_due = self.store.as_ref().and_then(|store| store.not_before);
+        let pauses =
+            [self.no_accept_before, self.no_send_before, self.heartbeat.due(), upgrade_due, store_due];
         let mut until = pauses.into_iter().flatten().min();
         if self.no_accept_before.is_none() {
             for (index, (_, socket)) in self.sockets.doors.iter().enumerate() {

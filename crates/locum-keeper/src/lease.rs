@@ -60,6 +60,12 @@ impl<M: Copy + Eq, S: Clone + Ord> Leases<M, S> {
         *holder.get_or_insert(monitor) == monitor
     }
 
+    /// `holder` had the session when a keeper before died. If that is not there, whoever is first has it.
+    pub(crate) fn take_back(&mut self, session: &S, holder: Option<M>) {
+        let holder = holder.filter(|holder| self.line.contains(holder));
+        self.held.insert(session.clone(), holder.or(self.first()));
+    }
+
     /// The session is over.
     pub(crate) fn close(&mut self, session: &S) {
         self.held.remove(session);

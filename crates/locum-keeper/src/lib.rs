@@ -13,12 +13,14 @@ mod frame;
 mod keeper;
 mod lease;
 mod limits;
+mod memfd;
 mod monitors;
 pub mod protocol;
 mod registry;
 mod snapshot;
 mod sockets;
 mod state;
+mod store;
 pub mod systemd;
 
 pub use dir::RuntimeDir;

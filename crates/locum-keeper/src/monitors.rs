@@ -182,6 +182,11 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
+    /// One of a keeper before, which has no connection yet.
+    pub(crate) fn lost(process: OwnedFd, pid: u32, generation: u64) -> Self {
+        Self { client: None, process: Some(process), pid, version: "unknown".to_owned(), generation }
+    }
+
     /// Whether the process has ended, every thread of it.
     pub(crate) fn is_dead(&self) -> bool {
         let Some(process) = &self.process else { return self.client.is_none() };
@@ -238,7 +243,14 @@ impl Clients {
         Some((monitor, generation))
     }
 
-    /// Puts all of them into `snapshot`, for a keeper that goes on.
+    /// Takes a monitor of a keeper before.
+    pub(crate) fn take_back(&mut self, id: MonitorId, monitor: Monitor) {
+        self.generation = self.generation.max(monitor.generation);
+        self.next = self.next.max(id);
+        self.monitors.insert(id, monitor);
+    }
+
+    /// All of them, for a keeper that goes on.
     pub(crate) fn snapshot<'a>(
         &'a self,
         named: &mut Named<'a>,

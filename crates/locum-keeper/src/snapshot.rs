@@ -1,21 +1,22 @@
 //! All that a keeper is, for the one that goes on in its place: JSON in a sealed memfd, and descriptors that are inherited
 //! by number.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, BufWriter, Read as _, Seek as _, Write as _};
+use std::io::{self, BufWriter, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use locum_kernel::notify::{Listener, NotAListener};
 use locum_kernel::{Errno, program};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::SealFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Progress;
 use crate::lease::Leases;
+use crate::memfd;
 use crate::monitors::{ClientId, Item, MonitorId, Standing};
-use crate::protocol::{Delivery, Door, SessionId};
+use crate::protocol::{Delivery, Door, ListenerId, SessionId};
 use crate::registry::Session;
 
 /// The release of this program.
@@ -71,6 +72,7 @@ pub(crate) struct Snapshot {
     /// The latest arrival or client.
     pub(crate) latest: u64,
     pub(crate) turned_away: u64,
+    pub(crate) store: Option<StoreSnapshot>,
 }
 
 /// A connection at a front door.
@@ -126,6 +128,22 @@ pub(crate) struct HeldSnapshot {
     pub(crate) delivery: Delivery,
     pub(crate) listener: RawFd,
     pub(crate) parks: BTreeMap<u32, [RawFd; 2]>,
+}
+
+/// What is in systemd's descriptor store.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct StoreSnapshot {
+    pub(crate) notes: BTreeMap<ListenerId, NoteSnapshot>,
+    pub(crate) numbers: BTreeSet<u32>,
+    pub(crate) monitors: BTreeMap<MonitorId, String>,
+}
+
+/// The note of a listener there.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct NoteSnapshot {
+    pub(crate) number: u32,
+    pub(crate) memfd: RawFd,
+    pub(crate) holder: Option<MonitorId>,
 }
 
 /// Bytes as a text of as many characters, since most of them are ASCII.
@@ -209,13 +227,7 @@ impl Inherited {
 impl Snapshot {
     /// A memfd of it, which nothing can change any more.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let made = match rustix::fs::memfd_create(c"locum-keeper", flags | MemfdFlags::NOEXEC_SEAL) {
-            // Before 6.3; later ones can be set to refuse what has no such flag.
-            Err(Errno::INVAL) => rustix::fs::memfd_create(c"locum-keeper", flags),
-            made => made,
-        };
-        let mut to = BufWriter::new(File::from(made?));
+        let mut to = BufWriter::new(File::from(memfd::create()?));
         serde_json::to_writer(&mut to, self)?;
         to.flush()?;
         let file = to.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -225,14 +237,12 @@ impl Snapshot {
     }
 
     /// What a keeper before wrote into the memfd `from`.
-    pub(crate) fn read(from: OwnedFd) -> Result<Self, SnapshotError> {
+    pub(crate) fn read(from: &OwnedFd) -> Result<Self, SnapshotError> {
         #[derive(Deserialize)]
         struct AnyVersion {
             version: u32,
         }
-        let (mut file, mut bytes) = (File::from(from), Vec::new());
-        let read = file.rewind().and_then(|()| file.read_to_end(&mut bytes));
-        read.map_err(|error| SnapshotError::Own("read the snapshot", error))?;
+        let bytes = memfd::read(from).map_err(|error| SnapshotError::Own("read the snapshot", error))?;
         let AnyVersion { version } = serde_json::from_slice(&bytes)?;
         if version != VERSION {
             return Err(SnapshotError::Version(version));
@@ -253,19 +263,19 @@ mod tests {
         let read: Snapshot = serde_json::from_str(frozen).unwrap();
         let again = serde_json::to_value(&read).unwrap();
         assert!(is_within(&serde_json::from_str(frozen).unwrap(), &again), "{again}");
-        let back = Snapshot::read(read.write().unwrap()).unwrap();
+        let back = Snapshot::read(&read.write().unwrap()).unwrap();
         assert_eq!(serde_json::to_value(back).unwrap(), again);
         assert_eq!(read.clients[2].bytes, [0, 0xff, b'{', 0xe9]);
     }
 
     #[test]
     fn another_versions_snapshot_is_refused_whatever_it_holds() {
-        let memfd = |text: &str| {
-            let made = rustix::fs::memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap();
+        let file = |text: &str| {
+            let made = memfd::create().unwrap();
             rustix::io::write(&made, text.as_bytes()).unwrap();
             made
         };
-        let refused = |text| Snapshot::read(memfd(text)).unwrap_err().to_string();
+        let refused = |text| Snapshot::read(&file(text)).unwrap_err().to_string();
         let version = refused(r#"{"version":9,"arrivals":"elsewhere"}"#);
         assert!(version.ends_with("reads snapshots of version 1, found one of version 9"), "{version}");
         for text in ["", "{", "null", r#"{"version":-1}"#, r#"{"version":1}"#] {

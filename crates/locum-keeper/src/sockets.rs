@@ -5,14 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use locum_kernel::Errno;
+use locum_kernel::{Errno, program};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, Uid};
+use rustix::process::Uid;
 
 use crate::dir::RuntimeDir;
 use crate::frame::{self, Inbox, Progress};
 use crate::protocol::Door;
+use crate::store::Stored;
 
 /// All that a keeper serves.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct Sockets {
     pub(crate) doors: Vec<(Door, OwnedFd)>,
     pub(crate) control: OwnedFd,
     pub(crate) lock: OwnedFd,
+    /// What systemd stored for a keeper before.
+    pub(crate) stored: Stored,
 }
 
 /// Why there are none.
@@ -61,10 +64,11 @@ impl Sockets {
         for uid in users {
             doors.push((Door::User(*uid), bind(&dir.user_door(*uid), Some(*uid))?));
         }
-        Ok(Self { doors, control: bind(&dir.control(), None)?, lock })
+        Ok(Self { doors, control: bind(&dir.control(), None)?, lock, stored: Stored::new() })
     }
 
-    /// Those that systemd bound, by `LISTEN_FDS` and `LISTEN_FDNAMES` (sd_listen_fds(3)): `oci`, `oci-UID` and `keeper`.
+    /// Those that systemd bound, by `LISTEN_FDS` and `LISTEN_FDNAMES` (sd_listen_fds(3)): `oci`, `oci-UID` and `keeper`. All other
+    /// names are those of what it stored for a keeper before.
     /// `None`: there are none for this process.
     pub fn from_systemd(dir: &RuntimeDir) -> Result<Option<Self>, SocketError> {
         let variable = |name| std::env::var(name).ok();
@@ -76,16 +80,15 @@ impl Sockets {
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| handed("LISTEN_FDS is no number"))?;
         let names = variable("LISTEN_FDNAMES").unwrap_or_default();
-        let (mut doors, mut control) = (Vec::new(), None);
-        for (fd, name) in (3..3 + count).zip(names.split(':')) {
-            let socket = own(fd).map_err(|error| SocketError::Handed(format!("descriptor {fd}: {error}")))?;
+        let (mut doors, mut control, mut stored) = (Vec::new(), None, Stored::new());
+        for (fd, name) in (3..3i32.saturating_add(count)).zip(names.split(':')) {
+            let socket = program::inherited(fd)
+                .map_err(|error| SocketError::Handed(format!("descriptor {fd}: {error}")))?;
             match (name, name.strip_prefix("oci-").map(str::parse)) {
                 ("oci", _) => doors.push((Door::Root, socket)),
                 ("keeper", _) => control = Some(socket),
                 (_, Some(Ok(uid))) => doors.push((Door::User(uid), socket)),
-                _ => {
-                    return Err(handed(&format!("wanted the names oci, oci-UID and keeper, found {name:?}")));
-                }
+                _ => stored.push((name.to_owned(), socket)),
             }
         }
         let control = control.ok_or_else(|| handed("none is named keeper"))?;
@@ -94,7 +97,7 @@ impl Sockets {
             path: dir.path().to_owned(),
             source,
         })?;
-        Ok(Some(Self { doors, control, lock: lock(dir)? }))
+        Ok(Some(Self { doors, control, lock: lock(dir)?, stored }))
     }
 
     /// Hands them, and the lock, to the process at the other end of `to`.
@@ -119,7 +122,8 @@ impl Sockets {
                 let (Some(lock), Some(control)) = (descriptors.next(), descriptors.next()) else {
                     return Err(handed(&"too few descriptors"));
                 };
-                return Ok(Self { doors: doors.into_iter().zip(descriptors).collect(), control, lock });
+                let doors = doors.into_iter().zip(descriptors).collect();
+                return Ok(Self { doors, control, lock, stored: Stored::new() });
             }
             if inbox.receive(&from).map_err(|error| handed(&error))?.bytes == 0 {
                 return Err(handed(&"the other end is closed"));
@@ -172,12 +176,6 @@ fn bind(path: &Path, owner: Option<u32>) -> Result<OwnedFd, SocketError> {
     }
     rustix::net::listen(&socket, 128).map_err(error("listen at", path))?;
     Ok(socket)
-}
-
-/// A descriptor of our own for what we inherited as `fd`. The other one stays open, but not in programs that we execute.
-fn own(fd: i32) -> Result<OwnedFd, Errno> {
-    let this = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-    rustix::process::pidfd_getfd(&this, fd, PidfdGetfdFlags::empty())
 }
 
 /// Has the sockets never block: a connection can be gone before it is accepted.

@@ -8,36 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::mpsc;
 use std::time::Duration;
 
-use common::{Ground, Process, Random, is_alive, locum, until};
-use locum_kernel::filter::{Filter, Wait};
+use common::{Filtered, Ground, Process, Random, is_alive, locum, until};
 use locum_kernel::notify::Listener;
 use locum_kernel::socket;
 use serde_json::Value;
-
-/// getppid(2).
-const HARMLESS: i32 = 110;
-
-/// A thread under a filter, and its listener. The filter's last user is gone when this is dropped.
-struct Filtered {
-    listener: Listener,
-    _lives: mpsc::Sender<()>,
-}
-
-impl Filtered {
-    fn new() -> Self {
-        let (lives, over) = mpsc::channel::<()>();
-        let (tell, told) = mpsc::channel();
-        std::thread::spawn(move || {
-            rustix::thread::set_no_new_privs(true).unwrap();
-            tell.send(Filter::notify(&[HARMLESS]).install(Wait::Interruptible).unwrap()).unwrap();
-            let _ = over.recv();
-        });
-        Self { listener: told.recv().unwrap(), _lives: lives }
-    }
-}
 
 /// What is upgraded, and programs for that.
 struct Stage {
@@ -128,10 +104,7 @@ impl Stage {
 
     /// Delivers `listener` as a runtime would, in pieces, and waits until the keeper has closed its end.
     fn deliver(&self, container: &str, listener: &Listener, random: &mut Random) {
-        let state = format!(
-            r#"{{ "ociVersion": "0.2.0", "fds": [ "other", "seccompFd" ], "pid": 0, "metadata": "policy=none",
-                "state": {{ "ociVersion": "0.2.0", "id": "{container}", "status": "creating", "pid": 0, "bundle": "." }} }}"#
-        );
+        let state = common::state(container).replace("[ ", r#"[ "other", "#);
         let door = UnixStream::connect(self.ground.runtime.path().join("oci.sock")).unwrap();
         let other = std::fs::File::open("/dev/null").unwrap();
         let bytes = state.as_bytes();

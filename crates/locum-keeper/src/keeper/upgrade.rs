@@ -204,6 +204,7 @@ impl Keeper {
             leases: self.leases.clone(),
             latest: self.next,
             turned_away: self.turned_away,
+            store: self.store.as_ref().map(|store| store.snapshot(named)),
         }
     }
 
@@ -218,11 +219,7 @@ impl Keeper {
         let (count, written) = (named.all().len(), snapshot.write().map_err(own("write a snapshot"))?);
         let (from, to) = (named.name(&written).to_string(), named.name(&report).to_string());
         let arguments = ["locum", "keeper", "--resume", &from, "--rehearse", &to].map(str::to_owned);
-        // A service manager is told nothing by it.
-        let foreign = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
-        let environment =
-            environment().filter(|(name, _)| !foreign.iter().any(|foreign| name.to_str() == Some(*foreign)));
-        let command = program::Command::new(arguments, environment);
+        let command = program::Command::new(arguments, environment());
         let process = program::spawn(program.as_fd(), &command, &named.all(), report.as_fd());
         Ok(Rehearsal { process: process.map_err(own("start a process"))?, said, count, is_killed: false })
     }
@@ -290,7 +287,7 @@ impl Keeper {
     /// descriptors it took.
     fn resume(from: RawFd) -> Result<(Self, Option<OwnedFd>, usize), KeeperError> {
         let mut inherited = Inherited::default();
-        let mut snapshot = Snapshot::read(inherited.take(from, "the snapshot")?)?;
+        let mut snapshot = Snapshot::read(&inherited.take(from, "the snapshot")?)?;
         inherited.count = 0;
         let mut doors = Vec::new();
         for (door, socket) in snapshot.doors.drain(..) {
@@ -299,7 +296,7 @@ impl Keeper {
         let control = inherited.take(snapshot.control, "the control socket")?;
         let lock = inherited.take(snapshot.lock, "the lock")?;
         let stop = snapshot.stop.map(|stop| inherited.take(stop, "what tells to stop")).transpose()?;
-        let mut keeper = Self::new(Sockets { doors, control, lock }, snapshot.owner)?;
+        let mut keeper = Self::new(Sockets { doors, control, lock, stored: Vec::new() }, snapshot.owner)?;
         for arrival in snapshot.arrivals.drain(..) {
             if arrival.door >= keeper.doors.len() {
                 return Err(SnapshotError::Torn("a delivery at no door").into());
@@ -309,6 +306,9 @@ impl Keeper {
         keeper.clients = Clients::resume(&mut snapshot, &mut inherited)?;
         keeper.registry = Registry::resume(&mut snapshot, &mut inherited)?;
         keeper.leases = snapshot.leases;
+        if let (Some(store), Some(stored)) = (&mut keeper.store, snapshot.store) {
+            store.resume(stored, &mut inherited)?;
+        }
         (keeper.next, keeper.turned_away) = (snapshot.latest, snapshot.turned_away);
         Ok((keeper, stop, inherited.count))
     }

@@ -6,9 +6,11 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use locum_kernel::filter::{Filter, Wait};
+use locum_kernel::notify::Listener;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -184,6 +186,36 @@ pub(crate) fn files() -> TempDir {
     let files = tempfile::tempdir_in("/var/tmp").unwrap();
     std::os::unix::fs::chown(files.path(), Some(USER), Some(USER)).unwrap();
     files
+}
+
+/// getppid(2).
+const HARMLESS: i32 = 110;
+
+/// A thread under a filter, and its listener. The filter's last user is gone when this is dropped.
+pub(crate) struct Filtered {
+    pub(crate) listener: Listener,
+    _lives: mpsc::Sender<()>,
+}
+
+impl Filtered {
+    pub(crate) fn new() -> Self {
+        let (lives, over) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            tell.send(Filter::notify(&[HARMLESS]).install(Wait::Interruptible).unwrap()).unwrap();
+            let _ = over.recv();
+        });
+        Self { listener: told.recv().unwrap(), _lives: lives }
+    }
+}
+
+/// What crun says when it starts `container`, which gets nothing.
+pub(crate) fn state(container: &str) -> String {
+    format!(
+        r#"{{ "ociVersion": "0.2.0", "fds": [ "seccompFd" ], "pid": 0, "metadata": "policy=none",
+            "state": {{ "ociVersion": "0.2.0", "id": "{container}", "status": "creating", "pid": 0, "bundle": "." }} }}"#
+    )
 }
 
 /// Checked traffic under `locum run`.

@@ -131,27 +131,38 @@ impl System {
     }
 
     fn traffic(&self, seconds: &str) -> Traffic {
+        self.traffic_under("virtiofsd", seconds)
+    }
+
+    /// The same under another policy: a name, or a file in there.
+    fn traffic_under(&self, policy: &str, seconds: &str) -> Traffic {
         let user = USER.to_string();
-        Traffic::start(self.inside(
-            "locum",
-            &[
-                "run",
-                "--export",
-                "/files",
-                "--user",
-                &user,
-                "--",
-                "/proc/self/exe",
-                "traffic",
-                "--json",
-                "--dir",
-                "/files",
-                "--threads",
-                "4",
-                "--seconds",
-                seconds,
-            ],
-        ))
+        let run = ["run", "--policy", policy, "--export", "/files", "--user", &user, "--"];
+        let traffic = [
+            "/proc/self/exe",
+            "traffic",
+            "--json",
+            "--dir",
+            "/files",
+            "--threads",
+            "4",
+            "--seconds",
+            seconds,
+        ];
+        Traffic::start(self.inside("locum", &[&run[..], &traffic].concat()))
+    }
+
+    /// Ends the only session, of which nothing must be stored then.
+    fn ends(&self) {
+        let pid = self.status().unwrap()["sessions"][0]["pid"].to_string();
+        components::run(&mut self.inside("sh", &["-c", &format!("kill -KILL {pid}")]));
+        until("nothing to be stored but the monitor", || self.stored() == 1);
+    }
+
+    /// How many descriptors systemd keeps for the keeper.
+    fn stored(&self) -> u32 {
+        let stored = self.systemctl(&["show", SERVICES[0], "--property=NFileDescriptorStore", "--value"]);
+        stored.parse().unwrap()
     }
 
     fn status(&self) -> Option<Value> {
@@ -172,10 +183,8 @@ impl System {
     }
 }
 
-#[test]
-fn nothing_is_lost_whatever_becomes_of_the_services() {
-    let system = System::boot();
-    let traffic = system.traffic("120");
+/// Kills and restarts everything under traffic.
+fn nothing_is_lost(system: &System, traffic: &Traffic) {
     until("calls", || traffic.number("calls") > 100);
     let [keeper, monitor] = SERVICES;
     let kill = |of: &[&'static str]| [&["kill", "--signal=KILL"], of].concat();
@@ -193,12 +202,80 @@ fn nothing_is_lost_whatever_becomes_of_the_services() {
         let before = std::array::from_fn(|index| mains[index].filter(|_| which[index]));
         system.systemctl(&act);
         system.settle(before);
-        let calls = traffic.number("calls");
-        until("calls", || traffic.number("calls") > calls + 1000);
-        let report = traffic.report();
-        let lost = (&report["failed"], &report["wrong"]);
-        assert_eq!(lost, (&0.into(), &0.into()), "{act:?}: {report}\n{}", system.journal());
+        goes_on(system, traffic, &format!("{act:?}"));
     }
+}
+
+/// Waits for calls; none of them may have failed.
+fn goes_on(system: &System, traffic: &Traffic, after: &str) {
+    let calls = traffic.number("calls");
+    until("calls", || traffic.number("calls") > calls + 1000);
+    let report = traffic.report();
+    let lost = (&report["failed"], &report["wrong"]);
+    assert_eq!(lost, (&0.into(), &0.into()), "{after}: {report}\n{}", system.journal());
+}
+
+#[test]
+fn nothing_is_lost_whatever_becomes_of_the_services() {
+    let system = System::boot();
+    nothing_is_lost(&system, &system.traffic("120"));
+}
+
+/// Nothing of a listener is left but what systemd stores.
+#[test]
+fn nothing_is_lost_without_a_lifeline() {
+    let system = System::boot();
+    let policy = "printf '[bare]\\nexports = [\"/files\"]\\nlifeline = false\\n' >/policy.toml";
+    components::run(&mut system.inside("sh", &["-c", policy]));
+    let traffic = system.traffic_under("/policy.toml", "120");
+    nothing_is_lost(&system, &traffic);
+    assert!(!system.journal().contains("a lifeline was put"), "{}", system.journal());
+    // The listener, its note and the monitor.
+    assert_eq!(system.stored(), 3, "{}", system.journal());
+    let both = ["kill", "--signal=KILL", SERVICES[0], SERVICES[1]];
+    for _ in 0..5 {
+        let mains = system.mains();
+        system.systemctl(&both);
+        system.settle(mains);
+        goes_on(&system, &traffic, "killed");
+    }
+    system.ends();
+}
+
+#[test]
+fn a_reload_upgrades_the_keeper_and_a_bad_program_does_not() {
+    let system = System::boot();
+    let traffic = system.traffic("120");
+    until("calls", || traffic.number("calls") > 100);
+    let mains = system.mains();
+    let runs = || {
+        let exe = format!("/proc/{}/exe", mains[0].unwrap());
+        components::run(&mut system.inside("stat", &["-L", "-c", "%i", &exe]))
+    };
+    for _ in 0..5 {
+        let before = runs();
+        let again = "install -m 755 /source/target/release/locum /usr/bin/locum";
+        components::run(&mut system.inside("sh", &["-c", again]));
+        system.systemctl(&["reload", SERVICES[0]]);
+        assert_ne!(runs(), before, "{}", system.journal());
+        assert_eq!(system.mains(), mains, "{}", system.journal());
+        goes_on(&system, &traffic, "reload");
+    }
+    let before = runs();
+    components::run(
+        &mut system.inside("install", &["-m", "700", "/source/target/release/locum", "/usr/bin/locum"]),
+    );
+    let reload = system.inside("systemctl", &["reload", SERVICES[0]]).output().unwrap();
+    assert!(!reload.status.success(), "{reload:?}");
+    assert!(system.journal().contains("it must be executable for every user"), "{}", system.journal());
+    assert_eq!((system.mains(), runs()), (mains, before));
+    goes_on(&system, &traffic, "a reload that failed");
+    // What was stored before the upgrades is known after them.
+    components::run(&mut system.inside("chmod", &["755", "/usr/bin/locum"]));
+    system.systemctl(&["kill", "--signal=KILL", SERVICES[0], SERVICES[1]]);
+    system.settle(mains);
+    goes_on(&system, &traffic, "killed");
+    system.ends();
 }
 
 #[test]
