@@ -62,6 +62,8 @@ const CRASHES: usize = BUFFER_WORDS + 3;
 const DESCRIPTOR: usize = BUFFER_WORDS + 4;
 const CALLER_STARTED: usize = BUFFER_WORDS + 5;
 const SINCE: usize = BUFFER_WORDS + 6;
+/// Not yet in 0.1.0, which left it 0.
+const PROCESS: usize = BUFFER_WORDS + 7;
 
 /// One slot, held by one worker of this process; given back when dropped, as it then is.
 #[derive(Debug)]
@@ -85,6 +87,8 @@ pub struct Left {
     pub descriptor: RawFd,
     /// When the calling thread started; 0 if that was not noted yet.
     pub caller_started: u64,
+    /// The process that the thread is of; 0 if that was not noted.
+    pub process: u32,
     /// When the stage [`Stage::Undelivered`] was reached, in milliseconds since boot.
     pub since: u64,
 }
@@ -133,9 +137,10 @@ impl Slot {
         Notification::load(self.buffer())
     }
 
-    /// Notes that something is about to be done for the call, by a thread that started at `caller_started`.
-    pub fn performing(&self, caller_started: u64) {
+    /// Notes that something is about to be done for the call, by a thread of `process` that started at `caller_started`.
+    pub fn performing(&self, caller_started: u64, process: u32) {
         self.word(CALLER_STARTED).store(caller_started, Ordering::Relaxed);
+        self.word(PROCESS).store(process.into(), Ordering::Relaxed);
         self.word(TRIES).fetch_add(1, Ordering::Relaxed);
         self.enter(Stage::Performing);
     }
@@ -171,7 +176,7 @@ impl Slot {
     pub fn settle(&self) {
         // The id first: without one there is no call, whatever else is still there.
         clear(self.buffer());
-        for index in [STAGE, LISTENER, TRIES, CRASHES, DESCRIPTOR, CALLER_STARTED, SINCE] {
+        for index in [STAGE, LISTENER, TRIES, CRASHES, DESCRIPTOR, CALLER_STARTED, SINCE, PROCESS] {
             self.word(index).store(0, Ordering::Relaxed);
         }
     }
@@ -194,6 +199,7 @@ impl Slot {
             crashes: word(CRASHES),
             descriptor,
             caller_started: word(CALLER_STARTED),
+            process: u32::try_from(word(PROCESS)).unwrap_or(0),
             since: word(SINCE),
         })
     }

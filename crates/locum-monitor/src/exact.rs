@@ -14,7 +14,7 @@ use locum_kernel::Errno;
 use locum_kernel::fault::die_at;
 use locum_kernel::hand_over::{self, Done, Parcel, Unfit};
 use locum_kernel::notify::{Answer, CallId, Notification};
-use locum_kernel::process::Mark;
+use locum_kernel::process::{Mark, Thread};
 
 use crate::answer::Post;
 use crate::caller::Caller;
@@ -31,7 +31,7 @@ pub(crate) struct Stray {
     /// Its number in the caller's table.
     number: RawFd,
     /// Whether the caller may still be about to take the parcel in: a monitor died just when it was told to. Not any more once
-    /// it makes another call.
+    /// it makes another call, or has ended.
     doubtful: bool,
 }
 
@@ -39,16 +39,16 @@ impl Stray {
     /// What a dead monitor left of the hand-over in `slot`, whose call does not wait any more. Gives the slot back if nothing.
     pub(crate) fn left(session: &Session, slot: Slot) -> Option<Slot> {
         let Some(left) = slot.left().filter(has_begun) else { return Some(slot) };
-        let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
-        match find(&slot, &caller, left.call.id) {
-            Some((number, socket)) if left.caller_started == caller.started => {
-                slot.installed(number);
-                slot.undelivered(now_ms());
-                session.keep_stray(Self { slot: Some(slot), caller, socket, number, doubtful: true });
-                None
-            }
-            _ => Some(slot),
-        }
+        let same = session.callers.meet(left.call.tid).ok();
+        let same = same.filter(|caller| left.caller_started == caller.started);
+        // If the thread has ended, what was put into its process's table is still there.
+        let doubtful = same.is_some();
+        let Some(caller) = same.or_else(|| any_of(session, left.process)) else { return Some(slot) };
+        let Some((number, socket)) = find(&slot, &caller, left.call.id) else { return Some(slot) };
+        slot.installed(number);
+        slot.undelivered(now_ms());
+        session.keep_stray(Self { slot: Some(slot), caller, socket, number, doubtful });
+        None
     }
 
     /// The same for a call that still waits, before it is tried again from the same slot.
@@ -64,7 +64,8 @@ impl Stray {
     pub(crate) fn is_for(&self, caller: &Caller) -> bool {
         let own = &self.caller;
         let is_same_thread = (own.thread.tid(), own.started) == (caller.thread.tid(), caller.started);
-        is_same_thread || (!self.doubtful && own.process() == caller.process())
+        let is_certain = !self.doubtful || !own.thread.lives();
+        is_same_thread || (is_certain && own.process() == caller.process())
     }
 
     /// Whether it has a slot of its own.
@@ -199,6 +200,12 @@ impl Post<'_> {
         });
         self.send(call.id, Answer::Error(Errno::OPNOTSUPP));
     }
+}
+
+/// Some thread of `process` that lives.
+fn any_of(session: &Session, process: u32) -> Option<Arc<Caller>> {
+    let thread = Thread::hold_living(process).ok()?;
+    session.callers.meet(thread.tid()).ok()
 }
 
 /// Whether a dead monitor may have put a socket into the caller's table.

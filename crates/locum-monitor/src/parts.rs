@@ -68,7 +68,7 @@ pub fn measure(folder: &Path, calls: u32) -> Result<Parts, Box<dyn std::error::E
     Ok(Parts {
         journal: each(&mut || {
             slot.begin(1);
-            slot.performing(1);
+            slot.performing(1, 1);
             slot.parked();
             slot.installed(3);
             slot.sending();

@@ -147,7 +147,7 @@ mod tests {
             instruction_pointer: 0,
             args: [0, 0, u64::from(flags.bits()), 0, 0, 0],
         };
-        Left { call, stage, tries: 1, crashes: 0, descriptor: 3, caller_started: 4, since: 0 }
+        Left { call, stage, tries: 1, crashes: 0, descriptor: 3, caller_started: 4, process: 2, since: 0 }
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl Worker {
         if was_begun {
             Stray::left_waiting(&self.session, &slot, caller);
         }
-        slot.performing(caller.started);
+        slot.performing(caller.started, caller.process());
         let kept = RefCell::new(None);
         let done = crash::marked(slot.crash_mark(), || {
             std::panic::catch_unwind(AssertUnwindSafe(|| self.carry_out(call, caller, &kept)))

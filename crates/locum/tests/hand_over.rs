@@ -6,9 +6,10 @@
 
 mod common;
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{Ground, Process, USER, locum, until};
 use serde_json::Value;
@@ -26,11 +27,15 @@ fn monitor(ground: &Ground, die_at: Option<(u32, u32)>) -> Process {
     Process(command.spawn().unwrap())
 }
 
+/// One at a time: each wants both processors.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What the caller saw, and how often a monitor died at each step.
 fn intact(options: &[&str], signal_every_us: u32, keeper_too: bool) -> Value {
-    // One at a time: each wants both processors.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _alone = alone();
     let seconds = std::env::var("LOCUM_CHAOS_SECONDS").unwrap_or_else(|_| "20".into());
     let ground = Ground::new();
     std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
@@ -125,4 +130,39 @@ fn nothing_beside_a_small_stack_is_touched() {
     let seen: Value = serde_json::from_slice(&out.stdout).unwrap();
     let no_room = format!("errno {}", rustix::io::Errno::NOMEM.raw_os_error());
     assert_eq!(seen, serde_json::json!({"small": no_room, "own": "ok", "damaged": false}));
+}
+
+/// A monitor dies with its socket in the caller's table; the calling thread ends, its process lives on.
+#[test]
+fn what_a_thread_that_ended_was_left_with_is_put_to_use() {
+    let _alone = alone();
+    let ground = Ground::new();
+    std::fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = ground.files.path().join("caller");
+    common::copy_caller(&program);
+    let _keeper = ground.keeper();
+    let mut first = monitor(&ground, None);
+    let files = ground.files.path().to_str().unwrap();
+    let mut run =
+        locum(&["run", "--runtime-dir", ground.path(), "--export", files, "--user", &USER.to_string()]);
+    run.args(["--interruptible", "--"]).arg(&program).args(["as-is", "leave", files]);
+    let mut run = Process(run.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(run.0.stdout.take().unwrap()).lines();
+    until("its first call", || {
+        ground.status()["sessions"].as_array().unwrap().iter().any(|one| one["calls"].as_u64() > Some(0))
+    });
+    first.kill();
+    let tell = |run: &mut Process| run.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    for round in 0..10 {
+        let mut monitor = monitor(&ground, Some((2 + round % 2, round / 2)));
+        tell(&mut run);
+        until("the monitor's death", || monitor.0.try_wait().unwrap().is_some());
+        tell(&mut run);
+        assert_eq!(lines.next().unwrap().unwrap(), "left");
+    }
+    let _last = monitor(&ground, None);
+    drop(run.0.stdin.take());
+    let told = lines.next().unwrap().unwrap();
+    let seen: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((&seen["failed"], &seen["sockets"]), (&0.into(), &0.into()), "{}", ground.log_tail());
 }

@@ -6,6 +6,7 @@
 mod attack;
 mod bare;
 mod intact;
+mod leave;
 mod name;
 mod open;
 mod shed;
@@ -32,6 +33,7 @@ fn main() {
             intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
         }
         "small" => intact::on_a_small_stack(&ground),
+        "leave" => leave::run(&ground),
         "shed" => shed::run(&ground, &rest[0], rest.get(1).map_or(0, |failed| failed.parse().unwrap())),
         "state" => state::run(Box::leak(Box::new(ground)), &rest[0]),
         "permission" => open::permissions_of(&ground),
