@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 use locum_keeper::client::Connection;
 use locum_keeper::protocol::{Delivery, ListenerId, SessionId};
 use locum_kernel::Errno;
+use locum_kernel::fault::die_at;
 use locum_kernel::notify::{Listener, Notification};
 use locum_kernel::process::{Status, Thread};
 use serde::{Deserialize, Serialize};
@@ -228,21 +229,28 @@ pub(crate) fn forget(shared: &Shared, session: &str, listener: ListenerId) {
     let _ = fs::remove_file(path(shared, session, listener));
 }
 
-/// Takes back every listener of a session that neither the keeper, which holds `known`, nor this monitor has, and hands it
-/// to the keeper.
+/// Takes back every listener that nobody has, and hands it to the keeper. What it holds of a session, this monitor was told before;
+/// those of `known` that it was not told of are another monitor's.
 pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[SessionId]) {
     let Ok(folders) = fs::read_dir(shared.runtime_dir.sessions()) else { return };
     let mut lost = Vec::new();
     for folder in folders.flatten() {
         let id = folder.file_name().to_string_lossy().into_owned();
-        let is_known =
-            lock(&shared.sessions).contains_key(&id) || known.iter().any(|known| known.to_string() == id);
-        let Some(files) = (!is_known).then(|| fs::read_dir(folder.path()).ok()).flatten() else { continue };
+        let session = lock(&shared.sessions).get(&id).cloned();
+        if session.is_none() && known.iter().any(|known| known.to_string() == id) {
+            continue;
+        }
+        let served: Vec<u64> = session
+            .iter()
+            .flat_map(|session| lock(&session.served).keys().copied().collect::<Vec<_>>())
+            .collect();
+        let Ok(files) = fs::read_dir(folder.path()) else { continue };
         let paths = files.flatten().map(|file| file.path());
         for path in paths.filter(|path| path.extension().is_some_and(|end| end == "lifeline")) {
             let held = match read(&path, &id) {
                 // Nothing of another boot lives.
-                Ok(held) => held.filter(|held| held.boot == shared.boot),
+                Ok(held) => held
+                    .filter(|held| held.boot == shared.boot && !served.contains(&held.delivery.listener.0)),
                 Err(foreign) => {
                     tracing::error!(session = id, "{foreign}");
                     None
@@ -258,6 +266,7 @@ pub(crate) fn take_back(shared: &Arc<Shared>, connection: &Connection, known: &[
                     );
                     adopt::adopt(shared, held.delivery.clone(), listener, Vec::new());
                     hand_to_keeper(shared, connection, &held.delivery);
+                    die_at(41);
                 }
                 Err(error) => tracing::warn!(
                     session = id,

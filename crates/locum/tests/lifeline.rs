@@ -3,10 +3,15 @@
 mod common;
 
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Stdio;
 
-use common::{Ground, Process, USER, lifelines, locum, until};
+use common::{Ground, Process, Traffic, USER, lifelines, locum, until};
+use locum_kernel::socket::{receive_with, send_with};
+use rustix::net::RecvFlags;
 use serde_json::Value;
 
 /// A workload that gets rid of its lifeline in the way `kind` whenever it is told to; each time another one is there soon, good
@@ -136,4 +141,69 @@ fn a_newer_record_is_left_untouched() {
     until("calls", || traffic.number("calls") > before + 100);
     assert_eq!(std::fs::read_to_string(own.join(&file)).unwrap(), newer);
     assert_eq!((traffic.number("failed"), traffic.number("wrong")), (0, 0), "{}", ground.log_tail());
+}
+
+/// One that was executed in a container beside its first process has a listener of its own, and so a lifeline of its own. The monitor
+/// that takes them back dies between the two, with the first already in the keeper's hands.
+#[test]
+#[cfg(debug_assertions)]
+fn each_listener_of_a_session_is_taken_back() {
+    let ground = Ground::new();
+    let (mut keeper, mut monitor) = (ground.keeper(), ground.monitor());
+    let policies = ground.runtime.path().join("policies");
+    std::fs::create_dir_all(&policies).unwrap();
+    let policy = format!("[two]\nexports = [{:?}]\n", common::mount_of(ground.files.path()));
+    std::fs::write(policies.join("two.toml"), policy).unwrap();
+    let files = ground.files.path().to_str().unwrap();
+    let door = ground.runtime.path().join("oci.sock");
+    let start = |door: &Path| {
+        let user = USER.to_string();
+        let mut command = locum(&["confined", "--id", "two", "--policy", "two", "--door"]);
+        command.arg(door).args(["--calls", "name_to_handle_at,open_by_handle_at"]);
+        command.args(["--uid", &user, "--gid", &user, "--parent", &std::process::id().to_string(), "--"]);
+        command.args(["/proc/self/exe", "traffic", "--json", "--dir", files]);
+        Traffic::start({
+            command.args(["--threads", "2", "--seconds", "120"]);
+            command
+        })
+    };
+    let sessions = ground.runtime.path().join("sessions");
+    let lifelines = || {
+        let folders = std::fs::read_dir(&sessions).into_iter().flatten().flatten();
+        let counts = folders.map(|folder| {
+            common::list(&folder.path()).iter().filter(|name| name.ends_with(".lifeline")).count()
+        });
+        counts.collect::<Vec<_>>()
+    };
+    let first = start(&door);
+    until("its lifeline", || lifelines() == [1]);
+    // As a runtime says it of what is executed in a container that runs.
+    let relay = ground.runtime.path().join("relay.sock");
+    let relayed = UnixListener::bind(&relay).unwrap();
+    let second = start(&relay);
+    let (mut message, from) = (vec![0; 4096], relayed.accept().unwrap().0);
+    let (length, listener) = receive_with(&from, &mut message, RecvFlags::empty()).unwrap();
+    let message = String::from_utf8_lossy(&message[..length]).replace("creating", "running");
+    send_with(UnixStream::connect(&door).unwrap(), message.as_bytes(), listener.unwrap().as_fd()).unwrap();
+    let both = [first, second];
+    until("a lifeline for each of two listeners of one session", || lifelines() == [2]);
+    for round in 0..5 {
+        keeper.kill();
+        monitor.kill();
+        keeper = ground.keeper();
+        let mut command = locum(&["monitor", "--runtime-dir", ground.path(), "--keys"]);
+        command.arg(ground.runtime.path().join("keys")).env("LOCUM_DIE_AT", "41");
+        let mut dying = Process(command.stderr(Stdio::null()).spawn().unwrap());
+        until("its death", || dying.0.try_wait().unwrap().is_some());
+        monitor = ground.monitor();
+        let before = both.each_ref().map(|traffic| traffic.number("calls"));
+        until("calls of both", || {
+            both.iter().zip(before).all(|(traffic, before)| traffic.number("calls") > before + 50)
+        });
+        assert_eq!(ground.status()["sessions"][0]["listeners"], 2, "{round}: {}", ground.log_tail());
+    }
+    for traffic in &both {
+        assert_eq!((traffic.number("failed"), traffic.number("wrong")), (0, 0), "{}", ground.log_tail());
+    }
+    drop((both, monitor, keeper));
 }
