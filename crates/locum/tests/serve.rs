@@ -108,6 +108,15 @@ fn nothing_survives_its_death() {
     drop(Serve::ready(&serve.ground));
 }
 
+#[test]
+fn it_is_started_again_at_once_after_its_death() {
+    let mut serve = Serve::start();
+    for _ in 0..20 {
+        serve.serve.kill();
+        serve.serve = Serve::ready(&serve.ground);
+    }
+}
+
 /// All of locum on a machine is lost again and again, with everything that it holds.
 #[test]
 fn its_death_under_traffic_costs_no_call() {

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
-use locum_keeper::{RuntimeDir, systemd};
+use locum_keeper::{RuntimeDir, SocketError, client, systemd};
+use locum_kernel::process::Thread;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -40,16 +42,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     );
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
     let runtime_dir = RuntimeDir::new(&args.runtime_dir);
-    if let Ok(status) = locum_keeper::client::status(&runtime_dir, false) {
-        anyhow::bail!(
-            "a keeper (pid {}) already works in {}; stop it first, or choose another --runtime-dir",
-            status.keeper.pid,
-            args.runtime_dir.display()
-        );
-    }
     let options =
         Options { keys: args.keys.clone(), users: args.users.clone(), policies: args.policies.clone() };
-    let supervisor = Supervisor::start(&runtime_dir, options)?;
+    let supervisor = start(&runtime_dir, &options)?;
     println!("serving at {}", runtime_dir.front_door().display());
     for uid in &args.users {
         println!("serving user {uid} at {}", runtime_dir.user_door(*uid).display());
@@ -59,4 +54,36 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     systemd::tell(NotifyState::Stopping);
     drop(supervisor);
     Ok(ExitCode::SUCCESS)
+}
+
+/// So long may a keeper take to die whose own `locum serve` was killed just now: it answers until then.
+const DYING: Duration = Duration::from_secs(2);
+
+fn start(runtime_dir: &RuntimeDir, options: &Options) -> anyhow::Result<Supervisor> {
+    let deadline = Instant::now() + DYING;
+    if let Ok(status) = client::status(runtime_dir, false) {
+        let pid = status.keeper.pid;
+        let keeper = Thread::hold(pid);
+        while keeper.as_ref().is_ok_and(Thread::lives) {
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "a keeper (pid {pid}) already works in {}; stop it first, or choose another --runtime-dir",
+                runtime_dir.path().display()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    loop {
+        match Supervisor::start(runtime_dir, options.clone()) {
+            // It does not answer any more, and is not gone yet.
+            Err(error) if is_locked(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            started => return started,
+        }
+    }
+}
+
+fn is_locked(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SocketError::Locked(_)))
 }
