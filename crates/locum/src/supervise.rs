@@ -3,12 +3,12 @@
 //! The sockets are bound here and lent to the keeper, so that a runtime that connects while a keeper is being replaced
 //! waits and is not refused.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use anyhow::Context as _;
 use locum_keeper::client;
 use locum_keeper::{RuntimeDir, Sockets};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
@@ -46,7 +47,10 @@ impl Default for Options {
 /// A keeper and a monitor that end with this.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
+    runtime_dir: RuntimeDir,
     pids: Arc<[AtomicU32; 2]>,
+    /// What is started.
+    program: Arc<Mutex<OwnedFd>>,
     /// Closed to have the thread end.
     stop: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -60,13 +64,30 @@ impl Supervisor {
         let pids = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
         let (stop, stopped) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let (tell, told) = mpsc::channel();
-        let own = Supervised { runtime_dir: runtime_dir.clone(), options, sockets, pids: Arc::clone(&pids) };
+        let program = Arc::new(Mutex::new(open_program(Path::new("/proc/self/exe"))?));
+        let own = Supervised {
+            runtime_dir: runtime_dir.clone(),
+            options,
+            sockets,
+            pids: Arc::clone(&pids),
+            program: Arc::clone(&program),
+        };
         // One thread starts every child: a child's parent, to the kernel, is the thread that forked it.
         let thread =
             std::thread::Builder::new().name("supervise".into()).spawn(move || own.run(&stop, &tell))?;
-        let supervisor = Self { pids, stop: Some(stopped), thread: Some(thread) };
-        await_monitor(runtime_dir, &told)?;
+        let runtime_dir = runtime_dir.clone();
+        let supervisor = Self { runtime_dir, pids, program, stop: Some(stopped), thread: Some(thread) };
+        await_monitor(&supervisor.runtime_dir, &told)?;
         Ok(supervisor)
+    }
+
+    /// Has the keeper go on in the file `program`, which then is what is started when one of the two dies. Returns the release that
+    /// it is; an error leaves all as it is.
+    pub(crate) fn upgrade(&self, program: &Path) -> anyhow::Result<String> {
+        let file = open_program(program)?;
+        let (_, release) = client::upgrade(&self.runtime_dir, file.as_fd())?;
+        *self.program.lock().unwrap_or_else(PoisonError::into_inner) = file;
+        Ok(release)
     }
 
     /// The keeper's process id, if it lives.
@@ -121,11 +142,18 @@ fn await_monitor(runtime_dir: &RuntimeDir, failures: &mpsc::Receiver<String>) ->
     }
 }
 
+/// A file to be executed, whatever becomes of its path.
+pub(crate) fn open_program(path: &Path) -> anyhow::Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open the program {}", path.display()))
+}
+
 struct Supervised {
     runtime_dir: RuntimeDir,
     options: Options,
     sockets: Sockets,
     pids: Arc<[AtomicU32; 2]>,
+    program: Arc<Mutex<OwnedFd>>,
 }
 
 /// One of the two, while it lives.
@@ -181,7 +209,9 @@ impl Supervised {
     }
 
     fn start(&self, name: &str) -> anyhow::Result<Running> {
-        let mut command = Command::new("/proc/self/exe");
+        let program = self.program.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+        command.arg0("locum");
         // Systemd is told by us how we are.
         command.env_remove("NOTIFY_SOCKET");
         command.env("LOCUM_LOG", crate::LOG.get().map_or("info", String::as_str));

@@ -348,3 +348,61 @@ fn what_comes_through_a_door_and_cannot_be_closed_delays_an_upgrade_and_nobody()
     until("an upgrade", || stage.upgrade(&program).status.success());
     drop(door);
 }
+
+#[test]
+fn serve_upgrades_on_sighup_and_starts_the_new_program_from_then_on() {
+    let ground = Ground::new();
+    let programs = tempfile::tempdir().unwrap();
+    let at = |name: &str| programs.path().join(name);
+    let install = |mode| {
+        common::copy_program(Path::new(env!("CARGO_BIN_EXE_locum")), &at("new"));
+        std::fs::set_permissions(at("new"), PermissionsExt::from_mode(mode)).unwrap();
+        std::fs::rename(at("new"), at("locum")).unwrap();
+    };
+    install(0o755);
+    let keys = ground.runtime.path().join("keys");
+    let mut serve = Command::new(at("locum"));
+    serve.args(["serve", "--runtime-dir", ground.path(), "--keys"]).arg(&keys);
+    let serve = Process(serve.stderr(std::fs::File::create(&ground.log).unwrap()).spawn().unwrap());
+    let pid = |of| Some(u32::try_from(ground.try_status().ok()?[of]["pid"].as_u64()?).unwrap());
+    until("a monitor", || pid("monitor").is_some());
+    let traffic = ground.traffic(&[], &["--threads", "2", "--seconds", "600"]);
+    until("calls", || traffic.number("calls") > 100);
+    let is_installed = |pid: u32| {
+        // One that has just been started may not have executed anything yet.
+        let id = |path: &Path| {
+            std::fs::metadata(path).map(|found| std::os::unix::fs::MetadataExt::ino(&found)).ok()
+        };
+        id(format!("/proc/{pid}/exe").as_ref()) == id(&at("locum"))
+    };
+    let hang_up = || {
+        let serve = rustix::process::Pid::from_raw(serve.pid().cast_signed()).unwrap();
+        rustix::process::kill_process(serve, rustix::process::Signal::HUP).unwrap();
+    };
+    let keeper = pid("keeper").unwrap();
+    for _ in 0..3 {
+        install(0o755);
+        assert!(!is_installed(keeper));
+        hang_up();
+        until("an upgrade", || is_installed(keeper));
+        assert_eq!(pid("keeper"), Some(keeper));
+    }
+    // What is no good is said, and changes nothing.
+    install(0o700);
+    hang_up();
+    let log = || std::fs::read_to_string(&ground.log).unwrap();
+    until("a refusal", || log().contains("not upgraded to ") && log().contains("executable for every user"));
+    install(0o755);
+    hang_up();
+    until("an upgrade", || is_installed(keeper));
+    for of in ["keeper", "monitor"] {
+        let before = pid(of).unwrap();
+        let killed = rustix::process::Pid::from_raw(before.cast_signed()).unwrap();
+        rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+        until("another", || pid(of).is_some_and(|pid| pid != before && is_installed(pid)));
+    }
+    let calls = traffic.number("calls");
+    until("more calls", || traffic.number("calls") > calls + 100);
+    let report = traffic.report();
+    assert_eq!((&report["wrong"], &report["failed"]), (&0.into(), &0.into()), "{report}");
+}

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use locum_keeper::{RuntimeDir, Sockets, client};
-use rustix::fs::{Mode, OFlags};
 use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::supervise::open_program;
 
 /// The keeper alone: owns the front door, keeps copies of listeners, has no privileges.
 ///
@@ -76,8 +77,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Has the keeper go on in `program`.
 fn upgrade(runtime_dir: &RuntimeDir, program: &Path) -> anyhow::Result<ExitCode> {
-    let file = rustix::fs::open(program, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .with_context(|| format!("cannot open the program {}", program.display()))?;
+    let file = open_program(program)?;
     let (before, now) = client::upgrade(runtime_dir, file.as_fd())
         .with_context(|| format!("the keeper in {} was not upgraded", runtime_dir.path().display()))?;
     println!("the keeper (pid {}) was locum {} and is locum {now}", before.pid, before.version);

@@ -15,7 +15,8 @@ use crate::supervise::{Options, Supervisor};
 /// Keeper and monitor on one machine, each started again when it dies.
 ///
 /// Container runtimes deliver at oci.sock in the runtime directory (`listenerPath` in the seccomp profile that `locum profile`
-/// prints). Ends, with both, on SIGTERM or SIGINT.
+/// prints). Ends, with both, on SIGTERM or SIGINT. SIGHUP upgrades: the program that lies where this one was started from takes over, or, if it
+/// is no good, nothing changes and the log says why.
 #[derive(clap::Args)]
 #[command(after_help = "Example: sudo locum serve --door 1000 --policy /etc/locum/policy.toml")]
 pub(crate) struct Args {
@@ -40,6 +41,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         "locum serve starts a monitor: wanted user 0, found user {}; use sudo",
         found.as_raw()
     );
+    // By the time of an upgrade, what lies there is another file.
+    let program = std::env::current_exe()?;
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
     let runtime_dir = RuntimeDir::new(&args.runtime_dir);
     let options =
@@ -50,7 +53,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         println!("serving user {uid} at {}", runtime_dir.user_door(*uid).display());
     }
     systemd::tell(NotifyState::Ready);
-    let _ = signals.forever().next();
+    for signal in signals.forever() {
+        if signal != SIGHUP {
+            break;
+        }
+        match supervisor.upgrade(&program) {
+            Ok(release) => tracing::info!("upgraded to {}, locum {release}", program.display()),
+            Err(error) => tracing::error!("not upgraded to {}: {error:#}", program.display()),
+        }
+    }
     systemd::tell(NotifyState::Stopping);
     drop(supervisor);
     Ok(ExitCode::SUCCESS)
