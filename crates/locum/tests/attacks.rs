@@ -71,6 +71,13 @@ fn a_forged_handle_opens_nothing() {
     yard.run(&[], "forge", &[&secret]);
 }
 
+/// The monitor that looks a path up is not the process that asks, and holds descriptors on every export.
+#[test]
+fn magic_links_do_not_lead_into_the_monitor() {
+    let yard = Yard::new();
+    yard.run(&[], "magic-links", &[]);
+}
+
 /// The kernel's own handle, as bytes in hex.
 fn common_handle(path: &Path) -> String {
     use std::fmt::Write as _;

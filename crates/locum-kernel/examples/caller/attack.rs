@@ -17,6 +17,7 @@ use crate::bare::{AT_FDCWD, Ground, Pages, call, close, descriptor, fd, int80, n
 const STALE: i64 = -(libc::ESTALE as i64);
 const IO: i64 = -(libc::EIO as i64);
 const FID: u64 = 0x200;
+const FOLLOW: u64 = 0x400;
 
 pub(crate) fn run(attack: &str, ground: &Ground, args: &[String]) {
     match (attack, args) {
@@ -26,6 +27,7 @@ pub(crate) fn run(attack: &str, ground: &Ground, args: &[String]) {
             assert_eq!(opened(&folder(ground, "."), &unhex(handle)), wanted.parse::<i64>().unwrap());
         }
         ("exports", []) => exports(ground),
+        ("magic-links", []) => magic_links(ground),
         ("rewrite", []) => rewrite(ground),
         ("thousand", []) => thousand(ground),
         ("full", []) => full(ground),
@@ -135,6 +137,20 @@ fn exports(ground: &Ground) {
         let handle = ground.handle(&ground.path(&format!("{export}/file")));
         assert_eq!(opened(&folder(ground, export), &handle), 0);
         assert_eq!(opened(&folder(ground, other), &handle), STALE);
+    }
+}
+
+/// By way of /proc, descriptors and folders of whoever looks the path up, if they are not the caller's own.
+fn magic_links(ground: &Ground) {
+    let refused = |path: &str| {
+        let named = ground.handle_with(path.as_ref(), FOLLOW);
+        assert!(named.is_err(), "{path}: {named:?}");
+    };
+    for of in ["self", "thread-self"] {
+        (0..256).for_each(|fd| refused(&format!("/proc/{of}/fd/{fd}")));
+        for folder in ["cwd", "root", "exe"] {
+            refused(&format!("/proc/{of}/{folder}"));
+        }
     }
 }
 

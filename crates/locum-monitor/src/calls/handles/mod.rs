@@ -3,14 +3,14 @@
 mod name;
 mod open;
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 
 use locum_kernel::Errno;
 use locum_kernel::arch::AUDIT_ARCH;
 use locum_kernel::credentials::{Rights, Worker};
 use locum_kernel::notify::Notification;
 use locum_policy::{Call, OPath};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use super::{CutOff, Outcome, int};
 use crate::caller::Caller;
@@ -116,7 +116,8 @@ fn own_folder(caller: &Caller, name: &'static std::ffi::CStr, flags: OFlags) -> 
     rustix::fs::openat(caller.thread.proc(), name, flags | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Looks `path` up as the caller would: in its root, from `dir`, with its ids and no capability.
+/// Looks `path` up as the caller would: in its root, from `dir`, with its ids and no capability. EOPNOTSUPP: it leads through
+/// a link of /proc that is not a path but a file, and of whom it is depends on who looks.
 fn look_up(
     dir: Option<&OwnedFd>,
     path: &std::ffi::CStr,
@@ -128,9 +129,12 @@ fn look_up(
     let enter = |root: &OwnedFd| rustix::process::fchdir(root).and_then(|()| rustix::process::chroot(c"."));
     enter(&own_folder(caller, c"root", OFlags::PATH)?)?;
     let flags = OFlags::PATH | OFlags::CLOEXEC | if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
-    let found = bench.worker.act_as(&ids).and_then(|()| match dir {
-        Some(dir) => rustix::fs::openat(dir, path, flags, Mode::empty()),
-        None => rustix::fs::openat(CWD, path, flags, Mode::empty()),
+    let dir = dir.map_or(CWD, AsFd::as_fd);
+    let walk = |resolve| rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve);
+    let found = bench.worker.act_as(&ids).and_then(|()| match walk(ResolveFlags::NO_MAGICLINKS) {
+        // Either a loop, or a link of /proc: what this process has is no business of the caller's.
+        Err(Errno::LOOP) if walk(ResolveFlags::empty()).err() != Some(Errno::LOOP) => Err(Errno::OPNOTSUPP),
+        found => found,
     });
     let back = bench.worker.have(Rights::Full).and_then(|()| enter(bench.own_root));
     // A worker that cannot leave the caller's root must not go on; its panic is answered like any other.
