@@ -27,7 +27,8 @@ use crate::traffic::Report;
 ///
 /// Threads without any capability name files by handle and open them again, as virtiofsd does, and check every result.
 /// Meanwhile the monitor that answers them gets SIGKILL every 5 to 40 ms, and one time in eight the keeper with it: then nothing
-/// of locum is left but a copy of the listener in the workload itself, and callers wait. Exit code 1: a call was lost or wrong.
+/// of locum is left but a copy of the listener in the workload itself, and callers wait. As often, the keeper is upgraded: it goes on
+/// in a program that is executed anew. Exit code 1: a call was lost or wrong.
 #[derive(clap::Args)]
 #[command(after_help = "Example: sudo locum demo")]
 pub(crate) struct Args {
@@ -49,6 +50,7 @@ struct Figures {
     calls: u64,
     monitors_killed: u64,
     everything_lost: u64,
+    keepers_upgraded: u64,
     calls_recovered: u64,
     longest_wait_us: u64,
     wrong: u64,
@@ -89,6 +91,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         calls: report.calls,
         monitors_killed: seen.killed,
         everything_lost: seen.lost,
+        keepers_upgraded: seen.upgraded,
         calls_recovered: seen.recovered(),
         longest_wait_us: report.longest_us.max(report.waiting_us),
         wrong: report.wrong,
@@ -158,6 +161,7 @@ fn listen(told: ChildStdout, heard: Arc<Mutex<Report>>) -> anyhow::Result<mpsc::
 struct Seen {
     killed: u64,
     lost: u64,
+    upgraded: u64,
     hung: bool,
     /// Mapped, it outlives the session's end.
     counters: Option<Counters>,
@@ -185,6 +189,10 @@ fn kill_until(
     while ended.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
         if let Some(pid) = supervisor.monitor_pid().filter(|pid| *pid != last) {
             last = pid;
+            if seen.killed % 8 == 3 {
+                // A keeper that has just been lost is not upgraded.
+                seen.upgraded += u64::from(supervisor.upgrade(Path::new("/proc/self/exe")).is_ok());
+            }
             // Who has made no call has no lifeline yet.
             let may_lose_all = seen.killed % 8 == 7 && moved.0 > 0;
             let keeper = may_lose_all.then(|| supervisor.keeper_pid()).flatten();
@@ -208,10 +216,11 @@ fn kill_until(
         if shown.elapsed() > Duration::from_millis(if terminal { 100 } else { 5000 }) && !args.json {
             shown = Instant::now();
             let line = format!(
-                "{} calls served, {} monitors killed, {} times everything lost, {} calls recovered, longest wait {}, wrong {}, lost {}",
+                "{} calls served, {} monitors killed, {} times everything lost, {} keepers upgraded, {} calls recovered, longest wait {}, wrong {}, lost {}",
                 report.calls,
                 seen.killed,
                 seen.lost,
+                seen.upgraded,
                 seen.recovered(),
                 milliseconds(report.longest_us),
                 report.wrong,
@@ -258,6 +267,7 @@ impl Figures {
             ("calls served", self.calls.to_string()),
             ("monitors killed", self.monitors_killed.to_string()),
             ("everything lost", self.everything_lost.to_string()),
+            ("keepers upgraded", self.keepers_upgraded.to_string()),
             ("calls recovered", self.calls_recovered.to_string()),
             ("longest wait", milliseconds(self.longest_wait_us)),
             ("wrong", self.wrong.to_string()),
