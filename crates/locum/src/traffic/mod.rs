@@ -43,9 +43,12 @@ pub(crate) struct Args {
     /// Where the random choices begin.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// A JSON object a line, ten a second; the last has `"done":true`.
+    /// A JSON object a line, one every `tell_ms`; the last has `"done":true`.
     #[arg(long)]
     json: bool,
+    /// In milliseconds.
+    #[arg(long, default_value_t = 100)]
+    tell_ms: u64,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
@@ -89,7 +92,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 /// Tells how it goes until all threads have ended, and ends them in time.
 fn watch(args: &Args, counters: &Counters, ended: &mpsc::Receiver<()>) {
     let start = Instant::now();
-    while ended.recv_timeout(Duration::from_millis(100)) == Err(RecvTimeoutError::Timeout) {
+    while ended.recv_timeout(Duration::from_millis(args.tell_ms)) == Err(RecvTimeoutError::Timeout) {
         if args.seconds.is_some_and(|seconds| start.elapsed().as_secs_f64() >= seconds) {
             counters.end.store(true, Ordering::Relaxed);
         }
