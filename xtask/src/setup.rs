@@ -8,8 +8,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::step::{command, log, quietly, real, run, step};
 
-const PACKAGES: [&str; 21] = [
+const PACKAGES: [&str; 22] = [
     "gcc",
+    "gdb",
     "libc6-dev",
     "crun",
     "runc",

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::Errno;
 use crate::arch::{Gadgets, Installation, Registers, State};
 use crate::fault::die_at;
-use crate::filter::Filter;
+use crate::filter::{Filter, Wait};
 use crate::hand_over::{EXTENDED, Unfit, prepare, write};
 use crate::memory::AddressSpace;
 use crate::notify::Listener;
@@ -121,13 +121,13 @@ const STUCK: usize = 4;
 /// Puts `filter`, which hands `calls` over, into all of the process of which `process` is a thread that lives.
 pub fn attach(
     process: &Thread,
-    filter: &Filter,
+    (filter, wait): (&Filter, Wait),
     calls: &[(&'static str, i32)],
     no_new_privs: bool,
 ) -> Result<Attached, Refusal> {
     let chosen = choose(process)?;
     let filters = permit(&chosen, calls, filter.length())?;
-    install(process, chosen, filters, filter, no_new_privs)
+    install(process, chosen, filters, (filter, wait), no_new_privs)
 }
 
 /// Looks whether [`attach`] would be refused, and returns the filters that the process is under. Changes nothing; one of its threads
@@ -243,7 +243,7 @@ fn install(
     process: &Thread,
     Chosen { stopped, registers, room, gadgets }: Chosen,
     mut filters: InForce,
-    filter: &Filter,
+    (filter, wait): (&Filter, Wait),
     no_new_privs: bool,
 ) -> Result<Attached, Refusal> {
     let mut extended = Vec::with_capacity(EXTENDED);
@@ -251,7 +251,7 @@ fn install(
     let state = State { registers: &registers, signal_mask: stopped.signal_mask()?, extended: &extended };
     let program = filter.program();
     let installation =
-        Installation::of(&state, room, gadgets, program, Filter::flags_for_all_threads(), no_new_privs)
+        Installation::of(&state, room, gadgets, program, Filter::flags_for_all_threads(wait), no_new_privs)
             .ok_or(Refusal::NoRoom)?;
     die_at(21);
     write(stopped.tid(), &installation.memory).map_err(|_| Refusal::NoRoom)?;

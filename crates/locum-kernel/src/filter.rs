@@ -62,16 +62,16 @@ impl Filter {
         &self.0
     }
 
-    /// The flags of seccomp(2) with which a process that has threads already gets a filter and a listener; with
-    /// WAIT_KILLABLE_RECV where this kernel knows it.
-    pub(crate) fn flags_for_all_threads() -> libc::c_ulong {
+    /// The flags of seccomp(2) with which a process that has threads already gets a filter and a listener; what `wait` asks for,
+    /// where this kernel knows it.
+    pub(crate) fn flags_for_all_threads(wait: Wait) -> libc::c_ulong {
         let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_TSYNC | TSYNC_ESRCH;
         let killable = flags | WAIT_KILLABLE_RECV;
         let none = std::ptr::null::<libc::sock_fprog>();
         // SAFETY: seccomp(2) looks at the flags first, and then fails with EFAULT, since there is no program.
         unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, killable, none) };
         let told = std::io::Error::last_os_error().raw_os_error();
-        if told == Some(libc::EFAULT) { killable } else { flags }
+        if wait == Wait::Killable && told == Some(libc::EFAULT) { killable } else { flags }
     }
 
     /// Installs the filter in the calling thread, for good, and returns its listener. Close it in the process that

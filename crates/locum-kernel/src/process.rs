@@ -133,8 +133,7 @@ impl Thread {
 
     /// Whether its processor keeps a shadow stack for it (x86, 6.6).
     pub fn has_shadow_stack(&self) -> Result<bool, Errno> {
-        let status = self.read(c"status")?;
-        Ok(status.lines().any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")))
+        Ok(says_shadow_stack(&self.read(c"status")?))
     }
 
     /// Where its code lies: start and end of each mapping that may be executed, the smallest first.
@@ -423,6 +422,12 @@ impl Status {
     }
 }
 
+/// Of what /proc/TID/status says.
+fn says_shadow_stack(status: &str) -> bool {
+    let features = status.lines().find_map(|line| line.strip_prefix("x86_Thread_features:"));
+    features.is_some_and(|features| features.split_ascii_whitespace().any(|feature| feature == "shstk"))
+}
+
 fn is_zero(hexadecimal: &str) -> bool {
     hexadecimal.bytes().all(|byte| byte == b'0')
 }
@@ -499,6 +504,18 @@ mod tests {
             std::thread::yield_now();
         }
         assert_eq!(held.descriptor(0).unwrap_err(), Errno::SRCH);
+    }
+
+    #[test]
+    fn a_shadow_stack_is_seen() {
+        // As Documentation/arch/x86/shstk.rst has it.
+        let status = |features: &str| {
+            format!(
+                "Name:\tshstk\nx86_Thread_features:\t{features}\nx86_Thread_features_locked:\tshstk wrss\n"
+            )
+        };
+        assert!(says_shadow_stack(&status("shstk wrss ")) && says_shadow_stack(&status("wrss shstk")));
+        assert!(!says_shadow_stack(&status("")) && !says_shadow_stack("Name:\tx\n"));
     }
 
     #[test]

@@ -3,9 +3,12 @@
 
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use locum_kernel::attach::Refusal;
+use locum_kernel::filter::{Filter, Wait};
+use locum_kernel::process::Thread;
 use rustix::fs::OFlags;
 use rustix::io::FdFlags;
 
@@ -27,6 +30,8 @@ struct Call {
     pattern: u64,
     damaged: u64,
     floating: [u32; 2],
+    /// What is on the x87's stack.
+    real: [f64; 2],
 }
 
 std::arch::global_asm!(
@@ -52,6 +57,7 @@ std::arch::global_asm!(
     "je 2f",
     "locum_vectors vmovdqu, movdqu, {put}, 1",
     "2:",
+    "fld qword ptr [rcx + {real}]",
     // The red zone, in which nothing but this may write.
     "mov rax, [rcx + {pattern}]",
     "mov r11, -128",
@@ -76,6 +82,7 @@ std::arch::global_asm!(
     "syscall",
     // Only rcx and r11 are the kernel's to change.
     "mov rcx, [rsp]",
+    "fstp qword ptr [rcx + {real} + 8]",
     "cmp rdi, [rcx + {args}]",
     "jne 9f",
     "cmp rsi, [rcx + {args} + 8]",
@@ -141,10 +148,46 @@ std::arch::global_asm!(
     pattern = const std::mem::offset_of!(Call, pattern),
     damaged = const std::mem::offset_of!(Call, damaged),
     floating = const std::mem::offset_of!(Call, floating),
+    real = const std::mem::offset_of!(Call, real),
 );
 
 unsafe extern "C" {
     fn locum_checked_call(call: *mut Call) -> i64;
+}
+
+impl Call {
+    /// With what tells this round from every other in all that a call must leave as it is.
+    fn new(nr: i64, args: [u64; 6], round: u64) -> Self {
+        let word = |register: usize, word: usize| {
+            round.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (register * 4 + word) as u64
+        };
+        Self {
+            nr: nr.cast_unsigned(),
+            args,
+            wide: std::arch::is_x86_feature_detected!("avx").into(),
+            put: std::array::from_fn(|register| std::array::from_fn(|index| word(register, index))),
+            found: [[0; 4]; 16],
+            pattern: round << 8,
+            damaged: 0,
+            floating: [0; 2],
+            real: [round as f64 + 0.5, 0.0],
+        }
+    }
+
+    /// # Safety
+    /// The kernel writes where the call says.
+    unsafe fn make(&mut self) -> i64 {
+        // SAFETY: the function keeps to the calling convention, and the caller answers for the rest.
+        unsafe { locum_checked_call(self) }
+    }
+
+    fn is_damaged(&self) -> bool {
+        let vectors_are_good = self.wide == 0 || self.put == self.found;
+        // The values with which a program starts.
+        let floating_is_good = self.floating[0] & !0x3f == 0x1f80 && self.floating[1] & 0xffff == 0x37f;
+        let real_is_good = self.real[0].to_bits() == self.real[1].to_bits();
+        self.damaged != 0 || !vectors_are_good || !floating_is_good || !real_is_good
+    }
 }
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);
@@ -197,6 +240,76 @@ pub(crate) fn run(ground: &Ground, seconds: u64, signal_every: u64) {
     );
 }
 
+/// Looks at itself while it is attached from outside, over and again, with a filter that hands over what it never calls. Closes its own
+/// copies of listeners for each line that comes in, and says how many there were; at the end, what it saw.
+pub(crate) fn while_attached(signal_every: u64) {
+    let before = descriptors();
+    if signal_every > 0 {
+        handle_alarms();
+        set_timer(signal_every);
+    }
+    let (done, damaged, calls) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for index in 0..THREADS as u64 {
+            let (done, damaged, calls) = (&done, &damaged, &calls);
+            scope.spawn(move || {
+                let stack = vec![0_u8; 64 * 1024];
+                let own = own_state(&stack, index);
+                let mut round = index << 32;
+                // The surgeon is not to wait for this.
+                crate::bare::call(libc::SYS_setpriority, [libc::PRIO_PROCESS.into(), 0, 19, 0, 0, 0]);
+                while !done.load(Ordering::Relaxed) {
+                    round += 1;
+                    let mut call = Call::new(libc::SYS_getppid, [round, !round, 1, 2, 3, round << 7], round);
+                    // SAFETY: getppid(2) writes nothing.
+                    let result = unsafe { call.make() };
+                    if result <= 0 || call.is_damaged() || !is_own_state(&own) {
+                        damaged.fetch_add(1, Ordering::Relaxed);
+                    }
+                    calls.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in std::io::stdin().lines() {
+            println!("{}", close_listeners());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    if signal_every > 0 {
+        set_timer(0);
+    }
+    println!(
+        "{{\"damaged\": {damaged:?}, \"calls\": {calls:?}, \"leaked\": {}, \"signals\": {SIGNALS:?}}}",
+        descriptors().saturating_sub(before),
+    );
+}
+
+fn close_listeners() -> usize {
+    let mut closed = 0;
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let entry = entry.unwrap();
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        if target.as_os_str() == "anon_inode:seccomp notify" {
+            crate::bare::close(entry.file_name().to_str().unwrap().parse().unwrap());
+            closed += 1;
+        }
+    }
+    closed
+}
+
+/// `caller as-is surgeon DIR PID interruptible|killable`: attaches the process, unless it is told to die on the way (`LOCUM_DIE_AT`). It
+/// is no matter if the last one's listener is still in force.
+pub(crate) fn surgeon(pid: &str, wait: &str) {
+    let wait = if wait == "killable" { Wait::Killable } else { Wait::Interruptible };
+    let process = Thread::hold_living(pid.parse().unwrap()).unwrap();
+    let filter = Filter::notify(&[locum_kernel::arch::SYNC]);
+    match locum_kernel::attach::attach(&process, (&filter, wait), &[], false) {
+        Ok(attached) => attached.without_copy().unwrap(),
+        Err(Refusal::Busy(_)) => {}
+        Err(refusal) => panic!("{refusal}"),
+    }
+}
+
 /// Opens the link on a small stack, where there is no room, and on the thread's own, where there is.
 pub(crate) fn on_a_small_stack(ground: &Ground) {
     std::os::unix::fs::symlink("/nowhere", ground.path("intact")).unwrap();
@@ -231,26 +344,14 @@ fn look(ground: &Ground, handle: &[u8], index: u64, end: Instant) -> Seen {
         round += 1;
         let on_exec = round.is_multiple_of(2);
         let flags = OFlags::PATH | if on_exec { OFlags::CLOEXEC } else { OFlags::empty() };
-        let mut call = Call {
-            nr: libc::SYS_open_by_handle_at.cast_unsigned(),
-            args: [crate::bare::fd(&mount), at, flags.bits().into(), round, !round, round ^ AT_FDCWD],
-            wide: std::arch::is_x86_feature_detected!("avx").into(),
-            put: std::array::from_fn(|register| {
-                std::array::from_fn(|word| {
-                    round.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (register * 4 + word) as u64
-                })
-            }),
-            found: [[0; 4]; 16],
-            pattern: round << 8,
-            damaged: 0,
-            floating: [0; 2],
-        };
-        // SAFETY: the function keeps to the calling convention; the kernel is told to read a handle that lives in `pages`.
-        let result = unsafe { locum_checked_call(&raw mut call) };
-        let vectors_are_good = call.wide == 0 || call.put == call.found;
-        // The values with which a program starts.
-        let floating_is_good = call.floating[0] & !0x3f == 0x1f80 && call.floating[1] & 0xffff == 0x37f;
-        if call.damaged != 0 || !vectors_are_good || !floating_is_good || !is_own_state(&own) {
+        let mut call = Call::new(
+            libc::SYS_open_by_handle_at,
+            [crate::bare::fd(&mount), at, flags.bits().into(), round, !round, round ^ AT_FDCWD],
+            round,
+        );
+        // SAFETY: the kernel is told to read a handle that lives in `pages`.
+        let result = unsafe { call.make() };
+        if call.is_damaged() || !is_own_state(&own) {
             seen.damaged += 1;
         }
         let Ok(fd) = i32::try_from(result) else {

@@ -32,6 +32,8 @@ fn main() {
             };
             intact::run(&ground, seconds.parse().unwrap(), signal_every.parse().unwrap());
         }
+        "attached" => intact::while_attached(rest[0].parse().unwrap()),
+        "surgeon" => intact::surgeon(&rest[0], &rest[1]),
         "small" => intact::on_a_small_stack(&ground),
         "leave" => leave::run(&ground),
         "shed" => shed::run(&ground, &rest[0], rest.get(1).map_or(0, |failed| failed.parse().unwrap())),

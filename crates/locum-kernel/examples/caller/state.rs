@@ -24,7 +24,13 @@ pub(crate) fn run(ground: &'static Ground, kind: &str) {
         "engine" => std::mem::forget(Filter::notify(&[SYNC]).install(Wait::Killable).unwrap()),
         _ => {}
     }
-    refuse_seccomp();
+    if let Some(rest) = kind.strip_prefix("forbids ") {
+        let (call, action) = rest.split_once(' ').unwrap();
+        forbid(FORBIDDEN.iter().find(|(name, _)| *name == call).unwrap().1, action == "kill");
+    } else {
+        // A filter as a container has one: it refuses another.
+        forbid(libc::SYS_seccomp, false);
+    }
     std::env::set_current_dir(&ground.dir).unwrap();
     match kind {
         "vfork" => return vfork(),
@@ -36,6 +42,12 @@ pub(crate) fn run(ground: &'static Ground, kind: &str) {
         std::thread::spawn(move || reckon(seed));
     }
     std::thread::spawn(move || ask(ground));
+    if kind == "diverged" {
+        std::thread::spawn(|| {
+            forbid(libc::SYS_sync, false);
+            reckon(4);
+        });
+    }
     match kind {
         "sleep" => wait_and_tell(),
         "fork" => {
@@ -73,14 +85,24 @@ fn hold_anothers() {
     }
 }
 
-/// A filter as a container has one: it refuses another.
-fn refuse_seccomp() {
+/// What a program may be forbidden.
+const FORBIDDEN: [(&str, i64); 5] = [
+    ("seccomp", libc::SYS_seccomp),
+    ("prctl", libc::SYS_prctl),
+    ("close", libc::SYS_close),
+    ("rt_sigreturn", libc::SYS_rt_sigreturn),
+    ("open_by_handle_at", libc::SYS_open_by_handle_at),
+];
+
+/// Has one call fail, or kill, for all threads that are still to come.
+fn forbid(nr: i64, kill: bool) {
     let step =
         |code: u32, k: u32, jt, jf| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let action = if kill { libc::SECCOMP_RET_KILL_PROCESS } else { libc::SECCOMP_RET_ERRNO | 1 };
     let program = [
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::try_from(libc::SYS_seccomp).unwrap(), 0, 1),
-        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | 1, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::try_from(nr).unwrap(), 0, 1),
+        step(libc::BPF_RET | libc::BPF_K, action, 0, 0),
         step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
     ];
     let program = libc::sock_fprog { len: 4, filter: program.as_ptr().cast_mut() };

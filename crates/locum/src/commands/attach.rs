@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use locum_keeper::protocol::SessionReport;
 use locum_keeper::{RuntimeDir, client};
 use locum_kernel::attach::{self, Refusal};
-use locum_kernel::filter::{Filter, Origin};
+use locum_kernel::filter::{Filter, Origin, Wait};
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
 use locum_kernel::verdict::InForce;
@@ -256,7 +256,7 @@ impl Work<'_> {
             return self.would(&process, &filter, &calls);
         }
         loop {
-            return match attach::attach(&process, &filter, &calls, !has_promise) {
+            return match attach::attach(&process, (&filter, Wait::Killable), &calls, !has_promise) {
                 Ok(attached) => {
                     // Before the process goes on and closes its own copy: from then on somebody else holds it.
                     self.deliver(&process, &attached.listener, &attached.filters, workload)?;

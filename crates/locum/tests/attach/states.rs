@@ -1,9 +1,11 @@
 //! Programs in each state that a program can be in.
 
+use std::process::{Command, Stdio};
+
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::until;
-use crate::yard::{Yard, must_be_right};
+use crate::common::{Process, locum, until};
+use crate::yard::{Busy, Yard, must_be_right};
 
 #[test]
 fn programs_in_each_state_are_attached() {
@@ -39,14 +41,75 @@ fn a_stopped_program_is_attached_and_stays_stopped() {
 }
 
 #[test]
-fn a_dry_run_changes_nothing() {
+fn a_dry_run_says_what_would_be_done_and_changes_nothing() {
     let yard = Yard::new();
+    let would = |busy: &Busy| {
+        let out = yard.command("attach", busy, &["--dry-run"]).output().unwrap();
+        let told = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        assert!(told.ends_with("0 attached, 0 left as they are\n") == out.status.success(), "{told}");
+        told
+    };
     let busy = yard.start("reckon");
-    let out = yard.command("attach", &busy, &["--dry-run"]).output().unwrap();
+    // 8 are the kernel's count for the filter that it has; ours take 17 each.
+    let fits = (32768 - 8) / 17 - 1;
+    let wanted = format!(
+        "would get a filter of 13 instructions of its own, its filter number 2; {fits} more would fit"
+    );
+    let told = would(&busy);
+    assert!(told.contains(&wanted), "{told}");
+    let other = yard.start("forbids open_by_handle_at errno");
+    let told = would(&other);
+    assert!(told.contains("open_by_handle_at") && told.contains("outranks ours"), "{told}");
+    let vfork = yard.start("vfork");
+    let told = would(&vfork);
+    assert!(told.contains("none of its threads stops"), "{told}");
+    assert_eq!(yard.ground.status()["sessions"].as_array().unwrap().len(), 0);
+    assert!(yard.attach(&busy).0);
+    let told = would(&busy);
+    assert!(told.contains("is served already"), "{told}");
+    must_be_right(busy);
+    for busy in [other, vfork] {
+        let told = must_be_right(busy);
+        assert_eq!(told["served"], 0, "{told}");
+    }
+}
+
+/// `--set-no-new-privs`.
+#[test]
+fn the_promise_is_made_for_a_program_if_asked_for() {
+    let yard = Yard::new();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "read line; exit 7"]).stdin(Stdio::piped());
+    let mut shell = Process(shell.spawn().unwrap());
+    let status = || std::fs::read_to_string(format!("/proc/{}/status", shell.pid())).unwrap();
+    until("the shell", || status().starts_with("Name:\tsh\n"));
+    let pid = shell.pid().to_string();
+    let attach = |more: &[&str]| {
+        let mut attach = locum(&["attach", "--runtime-dir", yard.ground.path(), "--pid", &pid]);
+        attach.args(["--policy", "attached"]).args(more).status().unwrap().success()
+    };
+    assert!(!attach(&[]) && !attach(&["--dry-run"]));
+    assert!(status().contains("NoNewPrivs:\t0\nSeccomp:\t0\n"), "{}", status());
+    assert!(attach(&["--set-no-new-privs"]));
+    assert!(status().contains("NoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n"), "{}", status());
+    drop(shell.0.stdin.take());
+    assert_eq!(shell.0.wait().unwrap().code(), Some(7));
+}
+
+/// Real installations, in as many programs.
+#[test]
+fn many_programs_are_attached_at_once() {
+    let yard = Yard::new();
+    let programs: Vec<_> = (0..12).map(|_| yard.start("sleep")).collect();
+    let mut all = locum(&["attach", "--runtime-dir", yard.ground.path(), "--policy", "attached", "--pid"]);
+    let out = all.args(programs.iter().map(|busy| busy.process.pid().to_string())).output().unwrap();
     let told = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success() && told.contains("would get a filter"), "{told}");
-    let told = must_be_right(busy);
-    assert_eq!(told["served"], 0, "{told}");
+    assert!(out.status.success() && told.ends_with("12 attached, 0 left as they are\n"), "{told}");
+    yard.await_calls();
+    for busy in programs {
+        let told = must_be_right(busy);
+        assert!(told["served"].as_u64() > Some(0), "{told}");
+    }
 }
 
 #[test]
