@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
@@ -20,10 +21,10 @@ fn units() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd").canonicalize().unwrap()
 }
 
-/// How locum is installed, as `docs/operations.md` says it.
-fn installation() -> Vec<String> {
+/// The first commands under a heading of `docs/operations.md`.
+fn commands(heading: &str) -> Vec<String> {
     let text = fs::read_to_string(units().join("../docs/operations.md")).unwrap();
-    let section = text.split("## Install\n").nth(1).unwrap();
+    let section = text.split(&format!("# {heading}\n")).nth(1).unwrap();
     let block = section.split("```\n").nth(1).unwrap();
     block.lines().map(|line| line.strip_prefix("# ").unwrap().to_owned()).collect()
 }
@@ -72,7 +73,7 @@ impl System {
             CALLS,
         ]);
         nspawn.arg(format!("--machine=locum-{}", std::process::id()));
-        nspawn.arg(format!("--bind={}:/files", files.path().display()));
+        nspawn.arg(format!("--bind={}:/share", files.path().display()));
         nspawn.arg(format!("--bind-ro={}:/source/target/release/locum", env!("CARGO_BIN_EXE_locum")));
         nspawn.arg(format!("--bind-ro={}:/source/systemd", units().display()));
         let said = fs::File::create(log.path().join("log")).unwrap();
@@ -90,12 +91,21 @@ impl System {
             let state = system.inside("systemctl", &["is-system-running"]).output().unwrap();
             state.stdout == b"running\n"
         });
-        for step in installation() {
-            let output = system.inside("sh", &["-c", &format!("cd /source && {step}")]).output().unwrap();
-            assert!(output.status.success(), "{step}: {output:?}\n{}", system.journal());
-        }
+        system.carry_out("Install");
         system.settle([None, None]);
         system
+    }
+
+    /// Does what stands under `heading`, as it stands there.
+    fn carry_out(&self, heading: &str) {
+        for step in commands(heading) {
+            let output = self.inside("sh", &["-c", &format!("cd /source && {step}")]).output().unwrap();
+            assert!(output.status.success(), "{step}: {output:?}\n{}", self.journal());
+        }
+    }
+
+    fn sh(&self, line: &str) {
+        components::run(&mut self.inside("sh", &["-c", line]));
     }
 
     /// A command in there.
@@ -137,18 +147,10 @@ impl System {
     /// The same under another policy: a name, or a file in there.
     fn traffic_under(&self, policy: &str, seconds: &str) -> Traffic {
         let user = USER.to_string();
-        let run = ["run", "--policy", policy, "--export", "/files", "--user", &user, "--"];
-        let traffic = [
-            "/proc/self/exe",
-            "traffic",
-            "--json",
-            "--dir",
-            "/files",
-            "--threads",
-            "4",
-            "--seconds",
-            seconds,
-        ];
+        // With an export, it has a policy of its own in the runtime directory.
+        let run = ["run", "--policy", policy, "--user", &user, "--"];
+        let traffic = ["/proc/self/exe", "traffic", "--json", "--dir", "/share"];
+        let traffic = [&traffic[..], &["--threads", "4", "--seconds", seconds]].concat();
         Traffic::start(self.inside("locum", &[&run[..], &traffic].concat()))
     }
 
@@ -208,8 +210,12 @@ fn nothing_is_lost(system: &System, traffic: &Traffic) {
 
 /// Waits for calls; none of them may have failed.
 fn goes_on(system: &System, traffic: &Traffic, after: &str) {
-    let calls = traffic.number("calls");
-    until("calls", || traffic.number("calls") > calls + 1000);
+    let (calls, start) = (traffic.number("calls"), Instant::now());
+    while traffic.number("calls") < calls + 1000 {
+        let waits = start.elapsed() < Duration::from_secs(10);
+        assert!(waits, "{after}: no calls: {}\n{}", traffic.report(), system.journal());
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let report = traffic.report();
     let lost = (&report["failed"], &report["wrong"]);
     assert_eq!(lost, (&0.into(), &0.into()), "{after}: {report}\n{}", system.journal());
@@ -225,7 +231,7 @@ fn nothing_is_lost_whatever_becomes_of_the_services() {
 #[test]
 fn nothing_is_lost_without_a_lifeline() {
     let system = System::boot();
-    let policy = "printf '[bare]\\nexports = [\"/files\"]\\nlifeline = false\\n' >/policy.toml";
+    let policy = "printf '[bare]\\nexports = [\"/share\"]\\nlifeline = false\\n' >/policy.toml";
     components::run(&mut system.inside("sh", &["-c", policy]));
     let traffic = system.traffic_under("/policy.toml", "120");
     nothing_is_lost(&system, &traffic);
@@ -276,6 +282,55 @@ fn a_reload_upgrades_the_keeper_and_a_bad_program_does_not() {
     system.settle(mains);
     goes_on(&system, &traffic, "killed");
     system.ends();
+}
+
+#[test]
+fn an_upgrade_and_a_roll_back_go_as_they_are_written() {
+    let system = System::boot();
+    let traffic = system.traffic("120");
+    until("calls", || traffic.number("calls") > 100);
+    let exe = |index: usize| {
+        let exe = format!("/proc/{}/exe", system.mains()[index].unwrap());
+        components::run(&mut system.inside("stat", &["-L", "-c", "%i", &exe]))
+    };
+    for heading in ["Upgrade", "Roll back"] {
+        let (mains, before) = (system.mains(), [exe(0), exe(1)]);
+        system.carry_out(heading);
+        system.settle([None, mains[1]]);
+        assert_eq!(system.mains()[0], mains[0], "the same keeper\n{}", system.journal());
+        assert!(exe(0) != before[0] && exe(1) != before[1] && exe(0) == exe(1), "{heading}");
+        goes_on(&system, &traffic, heading);
+    }
+}
+
+#[test]
+fn what_is_gone_from_the_runtime_directory_costs_no_call() {
+    let system = System::boot();
+    let traffic = system.traffic("300");
+    until("calls", || traffic.number("calls") > 100);
+    let pid = system.status().unwrap()["sessions"][0]["pid"].to_string();
+    for lost in ["sessions/*/journal", "sessions/*/record.json", "sessions/*/*.lifeline"] {
+        for victims in [&SERVICES[1..], &SERVICES[..]] {
+            let mains = system.mains();
+            system.sh(&format!("rm -r /run/locum/{lost}"));
+            system.systemctl(&[&["kill", "--signal=KILL"], victims].concat());
+            system.settle([mains[0].filter(|_| victims.len() == 2), mains[1]]);
+            goes_on(&system, &traffic, lost);
+        }
+    }
+    let mains = system.mains();
+    system.sh("rm -rf /run/locum");
+    goes_on(&system, &traffic, "nobody reaches them");
+    // Frozen when its calls have been answered.
+    let stopped = "for stat in /proc/{}/task/*/stat; do grep -q ') T ' $stat || exit 1; done";
+    system.sh(&format!("kill -STOP {pid}"));
+    let stopped = stopped.replace("{}", &pid);
+    until("a frozen workload", || system.inside("sh", &["-c", &stopped]).status().unwrap().success());
+    system.carry_out("The runtime directory is gone");
+    system.settle(mains);
+    system.sh(&format!("kill -CONT {pid}"));
+    goes_on(&system, &traffic, "the runtime directory");
+    assert_eq!(system.status().unwrap()["sessions"].as_array().unwrap().len(), 1);
 }
 
 #[test]
