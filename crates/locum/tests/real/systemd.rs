@@ -21,12 +21,11 @@ fn units() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd").canonicalize().unwrap()
 }
 
-/// The first commands under a heading of `docs/operations.md`.
-fn commands(heading: &str) -> Vec<String> {
+/// What stands apart under a heading of `docs/operations.md`: commands, and lines for units.
+fn blocks(heading: &str) -> Vec<String> {
     let text = fs::read_to_string(units().join("../docs/operations.md")).unwrap();
-    let section = text.split(&format!("# {heading}\n")).nth(1).unwrap();
-    let block = section.split("```\n").nth(1).unwrap();
-    block.lines().map(|line| line.strip_prefix("# ").unwrap().to_owned()).collect()
+    let section = text.split(&format!("# {heading}\n")).nth(1).unwrap().split("\n##").next().unwrap();
+    section.split("```\n").skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 /// A running system with locum installed.
@@ -96,12 +95,24 @@ impl System {
         system
     }
 
-    /// Does what stands under `heading`, as it stands there.
+    /// Does what stands first under `heading`, as it stands there.
     fn carry_out(&self, heading: &str) {
-        for step in commands(heading) {
+        self.carry_out_block(&blocks(heading)[0]);
+    }
+
+    fn carry_out_block(&self, commands: &str) {
+        for step in commands.lines().map(|line| line.strip_prefix("# ").unwrap()) {
             let output = self.inside("sh", &["-c", &format!("cd /source && {step}")]).output().unwrap();
             assert!(output.status.success(), "{step}: {output:?}\n{}", self.journal());
         }
+    }
+
+    /// `systemctl edit` at a terminal, by someone who writes `lines`.
+    fn edit(&self, unit: &str, lines: &str) {
+        self.sh(&format!("cat >/lines <<'END'\n{lines}END\n"));
+        self.sh(&format!("SYSTEMD_EDITOR='cp /lines' script -qec 'systemctl edit {unit}' /dev/null"));
+        let edited = self.systemctl(&["cat", unit]);
+        assert!(edited.contains(lines.trim()), "{edited}");
     }
 
     fn sh(&self, line: &str) {
@@ -336,17 +347,28 @@ fn what_is_gone_from_the_runtime_directory_costs_no_call() {
 #[test]
 fn a_rootless_user_has_a_door_of_his_own() {
     let system = System::boot();
-    let folder = "/etc/systemd/system/locum-keeper.service.d";
-    let more = format!(
-        "useradd -u 1000 tester && mkdir {folder} && printf '[Service]\\nSockets=locum-door@1000.socket\\n' >{folder}/doors.conf && systemctl daemon-reload"
-    );
-    components::run(&mut system.inside("sh", &["-c", &more]));
-    system.systemctl(&["enable", "--quiet", "locum-door@1000.socket"]);
-    system.systemctl(&["stop", "locum-control.socket", SERVICES[0]]);
-    system.systemctl(&["start", "locum-door@1000.socket", SERVICES[0]]);
+    system.sh("useradd -u 1000 tester");
+    let blocks = blocks("Install");
+    let [edit, steps] = &blocks[2..] else { panic!("{blocks:?}") };
+    system.edit(SERVICES[0], edit);
+    system.carry_out_block(steps);
     let door = components::run(&mut system.inside("stat", &["-c", "%u %a", "/run/locum/oci-1000.sock"]));
     assert_eq!(door.trim(), "1000 600");
     assert!(system.journal().contains("the keeper is ready doors=2"), "{}", system.journal());
+}
+
+#[test]
+fn a_monitor_has_policies_of_ones_own() {
+    let system = System::boot();
+    system.sh("printf '[mine]\\nexports = [\"/share\"]\\n' >/etc/locum/policy.toml");
+    system.edit(SERVICES[1], &blocks("Install")[1]);
+    let mains = system.mains();
+    system.systemctl(&["restart", SERVICES[1]]);
+    system.settle([None, mains[1]]);
+    let line = components::run(
+        &mut system.inside("cat", &[&format!("/proc/{}/cmdline", system.mains()[1].unwrap())]),
+    );
+    assert!(line.contains("--policy\0/etc/locum/policy.toml"), "{line:?}");
 }
 
 #[test]
