@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use common::{Filtered, Ground, Process, Random, is_alive, locum, until};
 use locum_kernel::notify::Listener;
 use locum_kernel::socket;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What is upgraded, and programs for that.
 struct Stage {
@@ -330,7 +331,7 @@ fn what_comes_through_a_door_and_cannot_be_closed_delays_an_upgrade_and_nobody()
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = std::net::TcpStream::connect(server.local_addr().unwrap()).unwrap();
     stream.set_nonblocking(true).unwrap();
-    while std::io::Write::write(&mut &stream, &[0; 1 << 12]).is_ok() {}
+    while (&stream).write(&[0; 1 << 12]).is_ok() {}
     rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_secs(600))).unwrap();
     // It has not closed it before we have.
     let keeper = rustix::process::Pid::from_raw(stage.keeper.pid().cast_signed()).unwrap();
@@ -405,4 +406,61 @@ fn serve_upgrades_on_sighup_and_starts_the_new_program_from_then_on() {
     until("more calls", || traffic.number("calls") > calls + 100);
     let report = traffic.report();
     assert_eq!((&report["wrong"], &report["failed"]), (&0.into(), &0.into()), "{report}");
+}
+
+/// A message of the control protocol (docs/protocol.md).
+fn framed(message: &Value) -> Vec<u8> {
+    let text = message.to_string();
+    [&u32::try_from(text.len()).unwrap().to_le_bytes()[..], &[0; 4], text.as_bytes()].concat()
+}
+
+/// The next message, without its descriptors.
+fn next(mut stream: &UnixStream) -> Value {
+    let mut header = [0; 8];
+    stream.read_exact(&mut header).unwrap();
+    let mut text = vec![0; u32::from_le_bytes(*header.first_chunk().unwrap()) as usize];
+    stream.read_exact(&mut text).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+#[test]
+fn what_is_half_said_when_the_keeper_is_upgraded_is_said_whole() {
+    let stage = Stage::new();
+    let program = stage.program("one");
+    let monitor = UnixStream::connect(stage.ground.runtime.path().join("keeper.sock")).unwrap();
+    monitor.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let hello = json!({"hello": {
+        "protocol": 1, "role": "monitor", "pid": std::process::id(), "version": "0.1.0", "generation": null,
+    }});
+    let hello = framed(&hello);
+    (&monitor).write_all(&hello[..20]).unwrap();
+    stage.must_upgrade(&program);
+    (&monitor).write_all(&hello[20..]).unwrap();
+    assert_eq!(next(&monitor)["hello"]["generation"], 1);
+    // More than the socket holds, and nobody reads.
+    let names = ["one", "two", "three"];
+    let text = |name| {
+        common::state(name).replace(r#""bundle": ".""#, &format!(r#""bundle": "{}""#, "x".repeat(900_000)))
+    };
+    let filtered = names.map(|name| {
+        let filtered = Filtered::new();
+        let mut door = UnixStream::connect(stage.ground.runtime.path().join("oci.sock")).unwrap();
+        let said = text(name);
+        let sent = socket::send_with(&door, said.as_bytes(), filtered.listener.as_fd()).unwrap();
+        door.write_all(&said.as_bytes()[sent..]).unwrap();
+        until("the delivery", || stage.sessions(name) == 1);
+        filtered
+    });
+    stage.must_upgrade(&program);
+    stage.must_upgrade(&program);
+    for name in names {
+        let lease = next(&monitor);
+        assert!(lease["lease"]["delivery"]["state"] == text(name), "{name}: another lease");
+    }
+    (&monitor).write_all(&framed(&json!({"status": {"when_monitored": false}}))).unwrap();
+    assert_eq!(next(&monitor)["status"]["sessions"].as_array().unwrap().len(), 3);
+    drop(filtered);
+    for _ in names {
+        assert!(next(&monitor)["ended"]["listener"].is_u64());
+    }
 }
