@@ -315,7 +315,7 @@ fn an_upgrade_and_a_roll_back_go_as_they_are_written() {
 }
 
 #[test]
-fn what_is_gone_from_the_runtime_directory_costs_no_call() {
+fn what_is_gone_costs_no_call() {
     let system = System::boot();
     let traffic = system.traffic("300");
     until("calls", || traffic.number("calls") > 100);
@@ -329,6 +329,12 @@ fn what_is_gone_from_the_runtime_directory_costs_no_call() {
             goes_on(&system, &traffic, lost);
         }
     }
+    // What is stopped for good is not stored: there is the lifeline alone.
+    system.systemctl(&["stop", SERVICES[1], SERVICES[0]]);
+    assert_eq!((system.mains(), system.stored()), ([None, None], 0));
+    system.systemctl(&["start", SERVICES[0], SERVICES[1]]);
+    system.settle([None, None]);
+    goes_on(&system, &traffic, "stopped");
     let mains = system.mains();
     system.sh("rm -rf /run/locum");
     goes_on(&system, &traffic, "nobody reaches them");
