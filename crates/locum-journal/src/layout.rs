@@ -7,15 +7,22 @@
 //! | 0 | [`MAGIC`] |
 //! | 1 | [`VERSION`] |
 //! | 2..8 | the counters, see [`crate::Counters`] |
+//! | 8 | who joined last, see [`Journal::join`] |
 //! | 512.. | [`SLOTS`] slots of [`SLOT_WORDS`] words, see [`crate::Slot`] |
+//!
+//! Who has what is said by locks on bytes of the file, which the kernel takes off when their owner dies: byte *n* is that of
+//! slot *n*, byte [`SLOTS`] is shared by all that joined.
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use locum_kernel::Errno;
+use locum_kernel::lock::{self, Kind};
 use locum_kernel::mapping::SharedWords;
 use locum_kernel::notify::{BUFFER_WORDS, CallId};
 
@@ -28,6 +35,9 @@ const MAGIC: u64 = u64::from_be_bytes(*b"LOCUMJNL");
 pub(crate) const SLOT_WORDS: usize = 64;
 const FIRST_SLOT: usize = 512;
 const WORDS: usize = FIRST_SLOT + SLOTS * SLOT_WORDS;
+const LAST_JOINED: usize = 8;
+/// The byte that everyone who joined has locked.
+const JOINED: u64 = SLOTS as u64;
 
 /// Why a journal could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +72,9 @@ pub enum JournalError {
 #[derive(Debug)]
 pub struct Journal {
     words: SharedWords,
-    /// Which slots this process has given out.
+    /// Opened for its locks alone, so that they end with the process, and not with its memory.
+    locks: File,
+    /// Which slots were given out here. Locks do not exclude what took them.
     taken: Box<[AtomicBool]>,
 }
 
@@ -95,7 +107,34 @@ impl Journal {
             return Err(JournalError::Version { path: path.to_owned(), found: version });
         }
         let words = SharedWords::map(file, WORDS).map_err(|_| foreign("a file cut short".to_owned()))?;
-        Ok(Arc::new(Self { words, taken: (0..SLOTS).map(|_| AtomicBool::new(false)).collect() }))
+        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let locks = OpenOptions::new().read(true).write(true).open(again);
+        let locks = locks.map_err(|source| JournalError::Open { path: path.to_owned(), source })?;
+        Ok(Arc::new(Self { words, locks, taken: (0..SLOTS).map(|_| AtomicBool::new(false)).collect() }))
+    }
+
+    /// Says that a process, `own`, works with this journal until it ends. An id is never 0 and never used twice.
+    pub fn join(&self, own: u64) -> Result<(), Errno> {
+        // Nobody has it alone.
+        lock::try_lock(&self.locks, JOINED, Kind::Shared)?;
+        self.words[LAST_JOINED].store(own, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether `own` is the last that joined. If not, another may be at calls too; if so, only one that came before.
+    pub fn is_last(&self, own: u64) -> bool {
+        self.words[LAST_JOINED].load(Ordering::SeqCst) == own
+    }
+
+    /// Whether no other that joined is left. From then on `own` is the last one, unless another joins meanwhile.
+    pub fn is_alone(&self, own: u64) -> Result<bool, Errno> {
+        let last = self.words[LAST_JOINED].load(Ordering::SeqCst);
+        if lock::is_locked_by_another(&self.locks, JOINED)? {
+            return Ok(false);
+        }
+        let replaced =
+            self.words[LAST_JOINED].compare_exchange(last, own, Ordering::SeqCst, Ordering::SeqCst);
+        Ok(replaced.is_ok())
     }
 
     /// Whether some slot has the call `id` of `listener`, whoever holds it.
@@ -115,12 +154,27 @@ impl Journal {
         &self.words[FIRST_SLOT + index * SLOT_WORDS..][..SLOT_WORDS]
     }
 
+    /// Takes a slot that nobody has, here or in another process.
     pub(crate) fn take(&self, index: usize) -> bool {
-        !self.taken[index].swap(true, Ordering::AcqRel)
+        if self.taken[index].swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        let is_ours = lock::try_lock(&self.locks, index as u64, Kind::Exclusive) == Ok(true);
+        if !is_ours {
+            self.taken[index].store(false, Ordering::Release);
+        }
+        is_ours
     }
 
     pub(crate) fn give_back(&self, index: usize) {
+        // It is a lock that we have; the kernel may lack memory to split a range, and then it stays until we end.
+        let _ = lock::unlock(&self.locks, index as u64);
         self.taken[index].store(false, Ordering::Release);
+    }
+
+    /// Whether the slot was given out here.
+    pub fn is_ours(&self, index: u32) -> bool {
+        self.taken.get(index as usize).is_some_and(|taken| taken.load(Ordering::Acquire))
     }
 }
 
@@ -163,6 +217,21 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(Journal::open(&path).unwrap().counter(0).load(Ordering::Relaxed), 7);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn two_that_joined_know_of_each_other_until_one_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Journal::open(&folder.path().join("journal")).unwrap();
+        let (old, new) = (open(), open());
+        old.join(1).unwrap();
+        assert_eq!((old.is_last(1), old.is_alone(1)), (true, Ok(true)));
+        new.join(2).unwrap();
+        assert_eq!((old.is_last(1), old.is_alone(1)), (false, Ok(false)));
+        assert_eq!((new.is_last(2), new.is_alone(2)), (true, Ok(false)));
+        drop(new);
+        assert!(!old.is_last(1));
+        assert_eq!((old.is_alone(1), old.is_last(1)), (Ok(true), true));
     }
 
     #[test]

@@ -65,7 +65,7 @@ const SINCE: usize = BUFFER_WORDS + 6;
 /// Not yet in 0.1.0, which left it 0.
 const PROCESS: usize = BUFFER_WORDS + 7;
 
-/// One slot, held by one worker of this process; given back when dropped, as it then is.
+/// One slot, held by one worker of one process; given back when dropped, or when the process ends, as it then is.
 #[derive(Debug)]
 pub struct Slot {
     journal: Arc<Journal>,
@@ -94,8 +94,8 @@ pub struct Left {
 }
 
 impl Slot {
-    /// Takes a slot that nobody of this process holds and that has no call, or one for which `stale` says that the
-    /// listener with that id has ended. `None`: there is none.
+    /// Takes a slot that nobody holds and that has no call, or one for which `stale` says that the listener with that id has
+    /// ended. `None`: there is none.
     pub fn take(journal: &Arc<Journal>, stale: impl Fn(u64) -> bool) -> Option<Self> {
         (0..SLOTS).find_map(|index| {
             let slot = Self::hold(journal, index)?;
@@ -106,12 +106,36 @@ impl Slot {
         })
     }
 
-    /// Takes every slot with a call that came from `listener` and that nobody of this process holds.
+    /// Takes every slot with a call that came from `listener` and that nobody holds.
     pub fn take_left(journal: &Arc<Journal>, listener: u64) -> Vec<Self> {
+        let is_left = |index: &usize| {
+            let words = journal.slot_words(*index);
+            words[0].load(Ordering::Acquire) != 0 && words[LISTENER].load(Ordering::Acquire) == listener
+        };
         (0..SLOTS)
+            .filter(is_left)
             .filter_map(|index| Self::hold(journal, index))
+            // It may have been settled meanwhile.
             .filter(|slot| slot.listener() == listener && slot.left().is_some())
             .collect()
+    }
+
+    /// Takes the slot `index` if nobody holds it and it has no call.
+    pub fn take_idle(journal: &Arc<Journal>, index: u32) -> Option<Self> {
+        let index = usize::try_from(index).ok().filter(|index| *index < SLOTS)?;
+        Self::hold(journal, index).filter(|slot| slot.left().is_none())
+    }
+
+    /// Whether a slot that is not this process's has a call of the thread `tid` from `listener`: a process that shares the
+    /// journal is at it, or was when it died.
+    pub fn others_have(journal: &Journal, listener: u64, tid: u32) -> bool {
+        (0..SLOTS).any(|index| {
+            let words = journal.slot_words(index);
+            let call = words.first_chunk().and_then(Notification::load);
+            call.is_some_and(|call| call.tid == tid)
+                && words[LISTENER].load(Ordering::Acquire) == listener
+                && !journal.is_ours(u32::try_from(index).unwrap_or(u32::MAX))
+        })
     }
 
     fn hold(journal: &Arc<Journal>, index: usize) -> Option<Self> {
@@ -225,5 +249,44 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.journal.give_back(self.index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_nobody_elses_until_its_owner_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        // Opened twice, it is locked as by two processes.
+        let open = || Journal::open(&folder.path().join("journal")).unwrap();
+        let (one, other) = (open(), open());
+        let receive = |slot: &Slot, id, tid: u64| {
+            let buffer = slot.begin(7);
+            buffer[1].store(tid, Ordering::Relaxed);
+            buffer[0].store(id, Ordering::Relaxed);
+        };
+        let slot = Slot::take(&one, |_| false).unwrap();
+        receive(&slot, 1, 100);
+        let theirs = Slot::take(&other, |_| true).unwrap();
+        assert_eq!((slot.index(), theirs.index()), (0, 1));
+        receive(&theirs, 2, 200);
+        for journal in [&one, &other] {
+            assert!(Slot::take_left(journal, 7).is_empty());
+            assert!(Slot::take_idle(journal, 1).is_none());
+        }
+        let have = |journal: &Arc<Journal>, tid| Slot::others_have(journal, 7, tid);
+        assert_eq!([have(&one, 100), have(&one, 200), have(&other, 100)], [false, true, true]);
+        assert!(!Slot::others_have(&one, 8, 200));
+        drop((slot, one));
+        assert!(have(&other, 100), "left, and not taken over yet");
+        let left = Slot::take_left(&other, 7);
+        assert_eq!(left.iter().map(Slot::index).collect::<Vec<_>>(), [0]);
+        assert!(!have(&other, 100));
+        left[0].settle();
+        drop(left);
+        assert!(Slot::take_idle(&other, 0).is_some());
+        assert!(Slot::take_idle(&other, 256).is_none());
     }
 }

@@ -10,7 +10,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::dir::RuntimeDir;
 use crate::frame::{self, FrameError, Inbox, Progress};
-use crate::protocol::{Delivery, FromKeeper, ListenerId, PROTOCOL, Report, Role, SessionId, ToKeeper};
+use crate::protocol::{
+    Delivery, FromKeeper, ListenerId, Overlap, PROTOCOL, Report, Role, SessionId, ToKeeper,
+};
 use crate::snapshot::RELEASE;
 
 /// How a monitor introduces itself.
@@ -22,6 +24,10 @@ pub struct Hello {
     pub version: String,
     /// The generation that it was given by an earlier keeper.
     pub generation: Option<u64>,
+    /// How it stands to other monitors.
+    pub overlap: Overlap,
+    /// When it started, in nanoseconds since boot. Of two that are to relieve all others, the younger one does.
+    pub started: u64,
 }
 
 /// How the keeper does.
@@ -33,6 +39,8 @@ pub struct KeeperHello {
     pub version: String,
     /// The monitor's generation.
     pub generation: u64,
+    /// How the monitor stands to others, as the keeper sees it; unable, if the keeper lets none overlap.
+    pub overlap: Overlap,
 }
 
 /// Both ends of a park, the place where an open file waits while it is handed over.
@@ -68,6 +76,10 @@ pub enum Event {
         /// What the keeper holds, whoever has the lease.
         sessions: Vec<SessionId>,
     },
+    /// Another monitor serves all that this one does: it is to finish what it has, and to leave, unless there is a lease again.
+    Relieved,
+    /// Whoever else served is leaving, since [`Connection::relieve`] said so.
+    Relieving,
     /// The keeper is gone.
     Lost,
 }
@@ -152,11 +164,13 @@ impl Connection {
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(dir.control())?)?;
         let connection = Self { socket, inbox: Mutex::default(), sending: Mutex::default() };
-        let Hello { pid, version, generation } = hello.clone();
-        connection.send(&ToKeeper::Hello { protocol: PROTOCOL, role, pid, version, generation }, &[])?;
+        let Hello { pid, version, generation, overlap, started } = hello.clone();
+        let protocol = PROTOCOL;
+        let hello = ToKeeper::Hello { protocol, role, pid, version, generation, overlap, started };
+        connection.send(&hello, &[])?;
         match connection.next()? {
-            Some((FromKeeper::Hello { pid, version, generation, .. }, _)) => {
-                Ok((connection, KeeperHello { pid, version, generation }))
+            Some((FromKeeper::Hello { pid, version, generation, overlap, .. }, _)) => {
+                Ok((connection, KeeperHello { pid, version, generation, overlap }))
             }
             Some((FromKeeper::Refused { why }, _)) => Err(ClientError::Refused(why)),
             Some((other, _)) => Err(ClientError::Misspoken(format!("wanted a hello, found {other:?}"))),
@@ -188,6 +202,8 @@ impl Connection {
                 Ok(Event::Lease { delivery, listener, parks })
             }
             FromKeeper::Ended { listener } => Ok(Event::Ended { listener }),
+            FromKeeper::Relieved {} => Ok(Event::Relieved),
+            FromKeeper::Relieving {} => Ok(Event::Relieving),
             FromKeeper::Status(report) => {
                 Ok(Event::Told { sessions: report.sessions.into_iter().map(|session| session.id).collect() })
             }
@@ -212,6 +228,11 @@ impl Connection {
     /// Asks what the keeper holds; the answer comes behind all that it had to tell before.
     pub fn ask(&self) -> Result<(), ClientError> {
         self.send(&ToKeeper::Status { when_monitored: false }, &[])
+    }
+
+    /// Has every other monitor leave: this one serves all that it was told of.
+    pub fn relieve(&self) -> Result<(), ClientError> {
+        self.send(&ToKeeper::Relieve {}, &[])
     }
 
     fn send(&self, message: &ToKeeper, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
@@ -258,7 +279,8 @@ pub fn upgrade(dir: &RuntimeDir, program: BorrowedFd<'_>) -> Result<(KeeperHello
 
 /// Connects to ask.
 fn observe(dir: &RuntimeDir) -> Result<(Connection, KeeperHello), ClientError> {
-    let hello = Hello { pid: std::process::id(), version: RELEASE.to_owned(), generation: None };
+    let (pid, version, overlap) = (std::process::id(), RELEASE.to_owned(), Overlap::Unable);
+    let hello = Hello { pid, version, generation: None, overlap, started: 0 };
     Connection::introduce(dir, Role::Observer, &hello)
 }
 

@@ -357,10 +357,11 @@ impl Keeper {
             Err(error) => return tracing::error!("no random number: {error}"),
         };
         tracing::info!(%session, listeners = admitted.len(), uid = peer.uid, pid = peer.pid, "delivered at {door}");
-        let Some(monitor) = self.leases.open(&session) else { return };
-        if let Some(client) = self.clients.of(monitor) {
-            for listener in admitted {
-                client.lease(listener);
+        for monitor in self.leases.open(&session) {
+            if let Some(client) = self.clients.of(monitor) {
+                for listener in &admitted {
+                    client.lease(*listener);
+                }
             }
         }
     }
@@ -405,17 +406,19 @@ impl Keeper {
     /// A listener's last user is gone.
     fn end(&mut self, listener: ListenerId) {
         let Some((session, is_over)) = self.registry.end(listener) else { return };
-        let holder = self.leases.holder(&session);
+        let concerned = self.leases.concerned(&session);
         if is_over {
             tracing::info!(%session, "over");
             self.leases.close(&session);
         }
-        if let Some(client) = holder.and_then(|holder| self.clients.of(holder)) {
-            client.tell(FromKeeper::Ended { listener });
+        for monitor in concerned {
+            if let Some(client) = self.clients.of(monitor) {
+                client.tell(FromKeeper::Ended { listener });
+            }
         }
     }
 
-    /// A monitor is dead: what it held goes to the next.
+    /// A monitor is dead: what it held goes to the next, and who served beside it looks at what it left.
     fn depart(&mut self, monitor: MonitorId) {
         if !self.clients.monitors.get(&monitor).is_some_and(Monitor::is_dead) {
             return;

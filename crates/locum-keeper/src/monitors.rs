@@ -11,7 +11,7 @@ use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, Inbox, Progress};
-use crate::protocol::{FromKeeper, ListenerId};
+use crate::protocol::{FromKeeper, ListenerId, Overlap};
 use crate::registry::Registry;
 use crate::snapshot::{
     ClientSnapshot, Inherited, MonitorSnapshot, Named, SendingSnapshot, Snapshot, SnapshotError,
@@ -179,12 +179,17 @@ pub(crate) struct Monitor {
     pub(crate) pid: u32,
     pub(crate) version: String,
     pub(crate) generation: u64,
+    pub(crate) overlap: Overlap,
+    /// When it started, in nanoseconds since boot.
+    pub(crate) started: u64,
 }
 
 impl Monitor {
     /// One of a keeper before, which has no connection yet.
     pub(crate) fn lost(process: OwnedFd, pid: u32, generation: u64) -> Self {
-        Self { client: None, process: Some(process), pid, version: "unknown".to_owned(), generation }
+        // Until it says how it stands to others.
+        let (version, overlap, started) = ("unknown".to_owned(), Overlap::Able, 0);
+        Self { client: None, process: Some(process), pid, version, generation, overlap, started }
     }
 
     /// Whether the process has ended, every thread of it.
@@ -227,6 +232,7 @@ impl Clients {
         pid: u32,
         version: String,
         generation: Option<u64>,
+        (overlap, started): (Overlap, u64),
     ) -> Option<(MonitorId, u64)> {
         let client = self.all.get_mut(&id)?;
         let process = process_of(client);
@@ -239,7 +245,9 @@ impl Clients {
         self.generation = self.generation.max(generation.unwrap_or(self.generation + 1));
         let generation = generation.unwrap_or(self.generation);
         client.standing = Standing::Monitor(monitor);
-        self.monitors.insert(monitor, Monitor { client: Some(id), process, pid, version, generation });
+        let client = Some(id);
+        let known = Monitor { client, process, pid, version, generation, overlap, started };
+        self.monitors.insert(monitor, known);
         Some((monitor, generation))
     }
 
@@ -263,6 +271,8 @@ impl Clients {
             pid: monitor.pid,
             version: monitor.version.clone(),
             generation: monitor.generation,
+            overlap: monitor.overlap,
+            started: monitor.started,
         };
         (clients, self.monitors.iter().map(monitor).collect())
     }
@@ -274,11 +284,22 @@ impl Clients {
         for client in snapshot.clients.drain(..) {
             clients.all.insert(client.id, Client::resume(client, from)?);
         }
-        for MonitorSnapshot { id, client, process, pid, version, generation } in snapshot.monitors.drain(..) {
+        for monitor in snapshot.monitors.drain(..) {
+            let MonitorSnapshot { id, client, process, pid, version, generation, overlap, started } = monitor;
             let process = process.map(|process| from.take(process, "a monitor's process")).transpose()?;
-            clients.monitors.insert(id, Monitor { client, process, pid, version, generation });
+            let known = Monitor { client, process, pid, version, generation, overlap, started };
+            clients.monitors.insert(id, known);
         }
         Ok(clients)
+    }
+
+    /// The monitors that started after `monitor`, to relieve others.
+    pub(crate) fn younger(&self, monitor: MonitorId) -> Vec<MonitorId> {
+        let started = self.monitors.get(&monitor).map(|known| known.started);
+        let is_younger = |(_, other): &(&MonitorId, &Monitor)| {
+            other.overlap == Overlap::Relieves && Some(other.started) > started
+        };
+        self.monitors.iter().filter(is_younger).map(|(id, _)| *id).collect()
     }
 
     /// The connection to `monitor`, if there is one.

@@ -100,21 +100,20 @@ pub(crate) enum ToKeeper {
         pid: u32,
         version: String,
         generation: Option<u64>,
+        #[serde(default)]
+        overlap: Overlap,
+        /// When it started, in nanoseconds since boot.
+        #[serde(default)]
+        started: u64,
     },
+    /// I serve all that I was told of: whoever else does is to leave.
+    Relieve {},
     /// With two descriptors.
-    Park {
-        listener: ListenerId,
-        slot: u32,
-    },
+    Park { listener: ListenerId, slot: u32 },
     /// With the listener, and two descriptors for each slot.
-    Fill {
-        delivery: Delivery,
-        slots: Vec<u32>,
-    },
+    Fill { delivery: Delivery, slots: Vec<u32> },
     /// Answered when there is a monitor, if that is what to wait for.
-    Status {
-        when_monitored: bool,
-    },
+    Status { when_monitored: bool },
     /// With the program, to go on in: answered when it does, or does not.
     Upgrade {},
 }
@@ -137,6 +136,21 @@ pub(crate) enum Role {
     Observer,
 }
 
+/// How a monitor stands to others that serve the same sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// It is of a release that can share none.
+    #[default]
+    Unable,
+    /// It can, and can be relieved.
+    Able,
+    /// It came to relieve all others.
+    Relieves,
+    /// It was relieved, and finishes what it has.
+    Relieved,
+}
+
 /// What the keeper says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -146,7 +160,14 @@ pub(crate) enum FromKeeper {
         pid: u32,
         version: String,
         generation: u64,
+        /// How the monitor stands to others, whatever it said; unable, if the keeper is.
+        #[serde(default)]
+        overlap: Overlap,
     },
+    /// Another serves all that you do: finish what you have, and leave. A lease after it says: stay.
+    Relieved {},
+    /// Everything is yours now.
+    Relieving {},
     Refused {
         why: String,
     },

@@ -16,7 +16,7 @@ use crate::frame::Progress;
 use crate::lease::Leases;
 use crate::memfd;
 use crate::monitors::{ClientId, Item, MonitorId, Standing};
-use crate::protocol::{Delivery, Door, ListenerId, SessionId};
+use crate::protocol::{Delivery, Door, ListenerId, Overlap, SessionId};
 use crate::registry::Session;
 
 /// The release of this program.
@@ -120,6 +120,10 @@ pub(crate) struct MonitorSnapshot {
     pub(crate) pid: u32,
     pub(crate) version: String,
     pub(crate) generation: u64,
+    #[serde(default)]
+    pub(crate) overlap: Overlap,
+    #[serde(default)]
+    pub(crate) started: u64,
 }
 
 /// A listener.

@@ -17,7 +17,7 @@ use locum_kernel::notify::{Listener, NotAListener};
 use crate::lease::Leases;
 use crate::memfd;
 use crate::monitors::{Clients, Monitor, MonitorId};
-use crate::protocol::{Delivery, ListenerId, SessionId};
+use crate::protocol::{Delivery, ListenerId, Overlap, SessionId};
 use crate::registry::Registry;
 use crate::snapshot::{Inherited, Named, NoteSnapshot, SnapshotError, StoreSnapshot};
 use crate::state::State;
@@ -113,7 +113,7 @@ impl Store {
                 listeners.entry(name).or_default().push(fd);
             }
         }
-        self.monitors.keys().for_each(|monitor| drop(leases.arrive(*monitor)));
+        self.monitors.keys().for_each(|monitor| drop(leases.arrive(*monitor, Overlap::Able, &[])));
         for (name, descriptors) in listeners {
             match self.take_back_listener(&name, descriptors, registry) {
                 Ok((session, holder)) => leases.take_back(&session, holder),

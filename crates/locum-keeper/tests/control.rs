@@ -163,11 +163,106 @@ fn what_another_holds_cannot_be_taken_by_filling() {
         sequence: 1,
     };
     let other = ground.monitor();
-    other.fill(&delivery, &listener, &[]).unwrap();
-    ground.await_log("a fill of what another monitor holds is not taken");
     other.park(id, &park(0, b"")).unwrap();
     ground.await_log("a park for what another monitor holds is not taken");
+    other.fill(&delivery, &listener, &[]).unwrap();
+    ground.await_log("a fill of what another monitor holds is not taken");
+    assert!(matches!(next(&other), Event::Relieved), "two that serve one session: one has to leave");
+    assert_eq!(ground.status().monitor.unwrap().pid, holder.pid());
     drop((listener, workload, holder, other));
+    ground.must_be_quiet();
+}
+
+/// Promise 6.
+#[test]
+fn a_successor_serves_beside_the_holder_and_then_relieves_it() {
+    let ground = Ground::new();
+    let holder = ground.mortal_monitor();
+    let first = ground.container("a");
+    holder.hear("LEASED");
+    let successor = ground.successor().unwrap();
+    let (delivery, ..) = next_lease(&successor);
+    let second = ground.container("b");
+    holder.hear("LEASED");
+    next_lease(&successor);
+    assert_eq!(ground.status().monitor.unwrap().pid, holder.pid());
+    // Each in slots of its own: both parks are kept.
+    successor.park(delivery.listener, &park(9, b"mine")).unwrap();
+    successor.relieve().unwrap();
+    // What has changed hands is told again.
+    let again = [next_lease(&successor), next_lease(&successor)];
+    let parks = &again.iter().find(|(known, ..)| *known == delivery).unwrap().2;
+    assert_eq!(parks.iter().map(|park| park.slot).collect::<Vec<_>>(), [3, 9]);
+    assert!(matches!(next(&successor), Event::Relieving));
+    holder.hear("RELIEVED");
+    assert_eq!(ground.status().monitor.unwrap().pid, std::process::id());
+    // From here on sessions begin at the successor's alone; what ends, too.
+    let third = ground.container("c");
+    next_lease(&successor);
+    drop(third);
+    next_end(&successor);
+    drop(again);
+    // What the holder left when it ended is looked for by the successor.
+    drop(holder);
+    let (one, other) = (next_lease(&successor), next_lease(&successor));
+    assert_eq!(ground.monitors(), 1);
+    drop((first, second, one, other, successor));
+    ground.must_be_quiet();
+}
+
+#[test]
+fn a_successor_that_dies_before_it_relieved_anyone_leaves_all_to_the_holder() {
+    let ground = Ground::new();
+    let mut first = ground.mortal_monitor();
+    let workload = ground.container("a");
+    first.hear("LEASED");
+    let second = ground.successor().unwrap();
+    next_lease(&second);
+    second.relieve().unwrap();
+    next_lease(&second);
+    assert!(matches!(next(&second), Event::Relieving));
+    first.hear("RELIEVED");
+    // Whoever was relieved stays as long as it is not gone, and is better than nobody.
+    let third = ground.mortal("successor");
+    third.hear("LEASED");
+    first.kill();
+    next_lease(&second);
+    drop(third);
+    let (delivery, ..) = next_lease(&second);
+    drop(workload);
+    assert_eq!(next_end(&second), delivery.listener);
+    drop(second);
+    ground.must_be_quiet();
+}
+
+#[test]
+fn the_relieved_take_over_again_if_the_successor_dies() {
+    let ground = Ground::new();
+    let first = ground.monitor();
+    let workload = ground.container("a");
+    let (delivery, ..) = next_lease(&first);
+    let mut second = ground.mortal("reliever");
+    second.hear("RELIEVING");
+    assert!(matches!(next(&first), Event::Relieved));
+    second.kill();
+    assert_eq!(next_lease(&first).0, delivery);
+    drop(workload);
+    next_end(&first);
+    drop(first);
+    ground.must_be_quiet();
+}
+
+#[test]
+fn a_monitor_of_a_release_that_cannot_be_relieved_is_named() {
+    let ground = Ground::new();
+    let mut old = UnixStream::connect(ground.dir.control()).unwrap();
+    let hello = r#"{"hello":{"protocol":1,"role":"monitor","pid":1,"version":"0.1.0","generation":null}}"#;
+    old.write_all(&frame(hello)).unwrap();
+    until("the monitor", || ground.status().monitor.is_some());
+    let refused = ground.successor().unwrap_err().to_string();
+    assert!(refused.contains("locum 0.1.0) is of a release that cannot be relieved"), "{refused}");
+    assert!(ground.status().monitor.is_some());
+    drop(old);
     ground.must_be_quiet();
 }
 

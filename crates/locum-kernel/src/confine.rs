@@ -1,5 +1,8 @@
 //! Giving up rights, for a whole process that has one thread yet.
 
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
 use rustix::fs::{Gid, Uid};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -47,6 +50,22 @@ pub fn die_with_parent(parent: u32) -> Result<bool, Errno> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     let now = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().cast_unsigned());
     Ok(now == parent)
+}
+
+/// Has `command` run as the child of whoever adopts orphans: what is spawned is a process between, which ends at once and is to
+/// be waited for.
+pub fn orphan(command: &mut Command) {
+    let between = || {
+        // SAFETY: the process was forked itself and has one thread; what is in its memory stays whole in both copies.
+        match unsafe { libc::fork() } {
+            0 => Ok(()),
+            -1 => Err(std::io::Error::last_os_error()),
+            // SAFETY: _exit(2) runs nothing of this process.
+            _ => unsafe { libc::_exit(0) },
+        }
+    };
+    // SAFETY: between fork and exec it makes system calls, and touches no memory that another thread may hold a lock on.
+    unsafe { command.pre_exec(between) };
 }
 
 /// Raises the process's limit of descriptors as far as it may.

@@ -16,6 +16,7 @@ pub mod filter;
 pub mod floor;
 pub mod hand_over;
 pub mod handle;
+pub mod lock;
 pub mod mapping;
 pub mod memory;
 pub mod notify;

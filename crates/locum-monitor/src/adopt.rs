@@ -1,5 +1,6 @@
 //! From a delivery to a session that is served, and its end.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,17 +9,20 @@ use std::sync::atomic::Ordering;
 use locum_journal::{Journal, JournalError, Seen};
 use locum_keeper::client::Park;
 use locum_keeper::protocol::{Delivery, Door, ListenerId};
+use locum_kernel::Errno;
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
 use locum_kernel::signal;
 use locum_policy::{Metadata, Policy, State, Subject};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::retry_on_intr;
 
 use crate::Shared;
 use crate::again;
 use crate::lifeline;
+use crate::overlap;
 use crate::reattach::{ANNOTATION, Told};
 use crate::record::{Filters, Process, Record, RecordError, VERSION, pid_namespace};
-use crate::recovery;
 use crate::session::{Granted, Served, Session, lock};
 use crate::worker;
 
@@ -48,6 +52,8 @@ enum Unserved {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error(transparent)]
+    Denied(#[from] Denied),
 }
 
 /// Takes on a listener: a session's first, one more, or one that a former monitor served.
@@ -56,20 +62,31 @@ pub(crate) fn adopt(shared: &Arc<Shared>, delivery: Delivery, listener: Listener
     let known = lock(&shared.sessions).get(&id).cloned();
     let session = match known.map_or_else(|| begin(shared, &id, &delivery), Ok) {
         Ok(session) => session,
-        Err(error) => return tracing::error!(session = id, "not served, its calls wait: {error}"),
+        Err(error) => {
+            tracing::error!(session = id, "not served, its calls wait: {error}");
+            return shared.standing.cannot(listener, format!("session {id}: {error}"));
+        }
     };
-    // Told anew, after a reconnect to the same keeper.
-    if lock(&session.served).contains_key(&delivery.listener.0) {
+    // Told anew: after a reconnect to the same keeper, or since another monitor that served it is gone.
+    let known = lock(&session.served).get(&delivery.listener.0).cloned();
+    if let Some(served) = known {
+        served.learn(parks, &session);
+        overlap::take_over(&session, &served);
+        // Whoever was leaving, and stays, has none.
+        if lock(&served.watches).is_empty() {
+            worker::start(&session, &served, None);
+        }
         return;
     }
     let first = State::parse(&delivery.state).ok().and_then(|state| hold(&delivery, state.own_process()?));
+    let alone = lock_folder(&shared.folder(&id));
     let seen = Seen::open(&seen_path(shared, &id, delivery.listener)).inspect_err(|error| {
         tracing::error!(session = id, "calls are not safe if the journal is lost: {error}");
     });
+    drop(alone);
     let served = Arc::new(Served::new(delivery, listener, first, seen.ok(), parks));
     lock(&session.served).insert(served.id(), Arc::clone(&served));
-    again::begin(&session, &served);
-    recovery::adopt(&session, &served);
+    overlap::take_over(&session, &served);
     worker::start(&session, &served, None);
     tracing::info!(session = id, listener = format!("{:016x}", served.id()), "serving");
 }
@@ -86,12 +103,17 @@ pub(crate) fn end(shared: &Shared, listener: ListenerId) {
             let _ = signal::interrupt(watch.tid());
         }
         lifeline::forget(shared, &session.id, listener);
-        // There may never have been one.
-        let _ = std::fs::remove_file(seen_path(shared, &session.id, listener));
+        if shared.standing.is_in_charge() {
+            // There may never have been one.
+            let _ = std::fs::remove_file(seen_path(shared, &session.id, listener));
+        }
         lock(&shared.ending).push(served);
         if is_last {
             lock(&shared.sessions).remove(&session.id);
-            if let Err(error) = std::fs::remove_dir_all(shared.folder(&session.id)) {
+            // Whoever is in charge may serve it by another listener.
+            if shared.standing.is_in_charge()
+                && let Err(error) = std::fs::remove_dir_all(shared.folder(&session.id))
+            {
                 tracing::warn!(session = session.id, "its folder stays behind: {error}");
             }
             tracing::info!(session = session.id, "ended");
@@ -108,18 +130,31 @@ fn begin(shared: &Arc<Shared>, id: &str, delivery: &Delivery) -> Result<Arc<Sess
     let folder = shared.folder(id);
     let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder);
     made.map_err(|source| JournalError::Open { path: folder.clone(), source })?;
+    let failed = |source: Errno| JournalError::Open { path: folder.clone(), source: source.into() };
+    let _alone = lock_folder(&folder).map_err(failed)?;
     let path = folder.join("record.json");
     let left = Record::read(&path, &shared.boot)?;
-    let journal = open_journal(&folder)?;
     let is_new = left.is_none();
+    let journal = if !is_new && shared.standing.relieves() {
+        // Whoever holds the session has the right one.
+        Journal::open_existing(&folder.join("journal"))?
+    } else {
+        open_journal(&folder)?
+    };
+    journal.join(shared.standing.own()).map_err(failed)?;
     let told = told(delivery);
     if is_new && told.detached {
         let marker = shared.runtime_dir.detached(id);
         std::fs::write(&marker, "").map_err(|source| JournalError::Open { path: marker, source })?;
     }
-    let granted = grant(shared, delivery, left, told.filters)
-        .inspect_err(|why| tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}"))
-        .ok();
+    let granted = grant(shared, delivery, left, told.filters).inspect_err(|why| {
+        tracing::error!(session = id, "nothing is granted, its calls run unhelped: {why}");
+    });
+    let granted = match granted {
+        // Whoever holds the session may well help; without a record, nothing was ever granted.
+        Err(why) if !is_new && shared.standing.relieves() => return Err(why.into()),
+        granted => granted.ok(),
+    };
     if let Some(granted) = &granted {
         let record = lock(&granted.record);
         if is_new {
@@ -164,6 +199,13 @@ fn told(delivery: &Delivery) -> Told {
     let state = State::parse(&delivery.state).ok().filter(|_| matches!(delivery.door, Door::Root));
     let text = state.and_then(|state| state.annotations.get(ANNOTATION).cloned());
     text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+}
+
+/// Keeps other monitors from changing what is in a session's folder, until the descriptor is closed.
+pub(crate) fn lock_folder(folder: &Path) -> Result<OwnedFd, Errno> {
+    let folder = rustix::fs::open(folder, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    retry_on_intr(|| rustix::fs::flock(&folder, FlockOperation::LockExclusive))?;
+    Ok(folder)
 }
 
 /// What the session may have. `left` is its record, if it was served before.

@@ -45,16 +45,22 @@ pub(crate) fn doubt_all(folder: &Path) {
     }
 }
 
-/// Looks for such calls of a listener that nobody serves yet. Those that are far off may take a while.
+/// Looks for such calls of a listener that nobody serves yet, here or in another process. Those that are far off may take a while.
 pub(crate) fn begin(session: &Arc<Session>, served: &Arc<Served>) {
     let Some(seen) = &served.seen else { return };
     let Some(CallId(last)) = seen.last() else { return };
     // None of them is about to be received, so nothing disturbs the search.
     let near = last.wrapping_sub(NEAR);
     Search { session, served }.run(near..last.wrapping_add(AHEAD));
-    if seen.doubted().is_some() {
-        start(session, served, last.wrapping_sub(FAR)..near, Some(last.wrapping_add(DEEP_AHEAD)));
-    }
+    go_on(session, served);
+}
+
+/// Goes on with what a former monitor did not come to the end of.
+pub(crate) fn go_on(session: &Arc<Session>, served: &Arc<Served>) {
+    let Some(seen) = &served.seen else { return };
+    let Some(CallId(last)) = seen.last().filter(|_| seen.doubted().is_some()) else { return };
+    let near = last.wrapping_sub(FAR)..last.wrapping_sub(NEAR);
+    start(session, served, near, Some(last.wrapping_add(DEEP_AHEAD)));
 }
 
 /// The same for one of which nothing was known until `first` was received: what it may have had before came earlier.

@@ -18,6 +18,7 @@ mod key_ring;
 pub mod key_users;
 pub mod keys;
 mod lifeline;
+mod overlap;
 mod park;
 pub mod parts;
 pub mod reattach;
@@ -33,10 +34,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::Thread;
 use std::time::Duration;
 
-use locum_keeper::client::{Connection, Event, Hello};
+use locum_keeper::client::{Connection, Event, Hello, KeeperHello};
+use locum_keeper::protocol::Overlap;
 use locum_keeper::{RuntimeDir, client::ClientError, systemd};
 use locum_kernel::Errno;
 use locum_policy::Policy;
@@ -45,11 +48,12 @@ use sd_notify::NotifyState;
 
 use crate::key_ring::KeyRing;
 use crate::keys::KeyError;
+use crate::overlap::Standing;
 use crate::park::Park;
 use crate::session::{Served, Session, lock, now_ms};
 
 /// What a monitor works with.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Config {
     /// Where the keeper and the sessions are.
     pub runtime_dir: RuntimeDir,
@@ -59,6 +63,10 @@ pub struct Config {
     pub policies: Vec<PathBuf>,
     /// The process with which it is to end.
     pub parent: Option<u32>,
+    /// Whether it takes the place of the monitor that serves.
+    pub replace: bool,
+    /// Where to say "serving" once it does; with `replace`, once nobody else needs to.
+    pub serves: Option<OwnedFd>,
 }
 
 /// Why a monitor cannot start, or cannot go on.
@@ -100,6 +108,19 @@ pub enum MonitorError {
     /// The keeper does not take us.
     #[error(transparent)]
     Keeper(#[from] ClientError),
+    /// The keeper knows of no upgrades.
+    #[error(
+        "the keeper (pid {pid}, locum {version}) lets no monitor relieve another; upgrade the keeper first"
+    )]
+    OldKeeper {
+        /// Its process.
+        pid: u32,
+        /// Its release.
+        version: String,
+    },
+    /// What others serve, it would not.
+    #[error("this monitor cannot take over, whoever served serves on: {}", .0.join("; "))]
+    Unserved(Vec<String>),
 }
 
 /// What all sessions share.
@@ -118,6 +139,9 @@ pub(crate) struct Shared {
     ending: Mutex<Vec<Arc<Served>>>,
     /// When the keeper was last connected to, in milliseconds since boot; 0 if it never was.
     connected: AtomicU64,
+    /// The thread that looks after sessions, once there is one.
+    watch: OnceLock<Thread>,
+    pub(crate) standing: Standing,
 }
 
 impl Shared {
@@ -148,26 +172,56 @@ impl Shared {
     }
 }
 
-/// Serves, for as long as the process lives.
-pub fn run(config: Config) -> Result<(), MonitorError> {
+/// Serves, for as long as the process lives. Once another has relieved it, it ends the process.
+pub fn run(mut config: Config) -> Result<(), MonitorError> {
+    let replace = config.replace;
+    let mut start = Start { serves: config.serves.take(), is_over: false };
     let shared = Arc::new(prepare(config)?);
     let (watched, keys) = (Arc::clone(&shared), Arc::clone(&shared.keys));
     start_thread("watch", move || watch::run(&watched))?;
     start_thread("keys", move || keys.keep_looking())?;
     let mut generation = None;
     loop {
-        let connection = connect(&shared.runtime_dir, generation)?;
-        if generation.is_none() {
-            systemd::tell(NotifyState::Ready);
+        // For ever: whatever the next keeper is told first, whoever was to be relieved is.
+        let overlap = match shared.standing.is_relieved() {
+            true => Overlap::Relieved,
+            false if replace => Overlap::Relieves,
+            false => Overlap::Able,
+        };
+        let (connection, keeper) = connect(&shared, generation, overlap)?;
+        if replace && keeper.overlap == Overlap::Unable && !start.is_over {
+            return Err(MonitorError::OldKeeper { pid: keeper.pid, version: keeper.version });
         }
-        generation = Some(connection.1);
-        let connection = Arc::new(connection.0);
+        shared.standing.set_relieves(keeper.overlap == Overlap::Relieves);
+        if !replace {
+            start.end();
+        }
+        generation = Some(keeper.generation);
+        let connection = Arc::new(connection);
         shared.connected.store(now_ms(), Ordering::Relaxed);
         *lock(&shared.keeper) = Some(Arc::clone(&connection));
         fill(&shared, &connection);
-        serve(&shared, &connection);
+        serve(&shared, &connection, &mut start)?;
         *lock(&shared.keeper) = None;
         tracing::warn!("the keeper is gone; serving on, and looking for the next one");
+    }
+}
+
+/// The time until this process serves.
+struct Start {
+    serves: Option<OwnedFd>,
+    is_over: bool,
+}
+
+impl Start {
+    /// Tells whoever started this process, and systemd, to which another may have been the service's main process until now.
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.is_over, true) {
+            systemd::tell(NotifyState::MainPid(std::process::id()));
+            systemd::tell(NotifyState::Ready);
+            // Nobody may want to know any more.
+            let _ = self.serves.take().map(|serves| rustix::io::write(&serves, b"serving\n"));
+        }
     }
 }
 
@@ -205,6 +259,9 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         Some(Err(error)) => return Err(own("tie itself to its parent")(error)),
         _ => {}
     }
+    // What every worker will need.
+    let worker = std::thread::spawn(|| credentials::Worker::start().map(drop)).join();
+    worker.unwrap_or(Err(Errno::IO)).map_err(own("give a worker a root of its own"))?;
     crash::install().map_err(own("handle crashes"))?;
     signal::handle(signal::Restart::No).map_err(own("handle SIGUSR1"))?;
     let open = |path| {
@@ -222,23 +279,30 @@ fn prepare(config: Config) -> Result<Shared, MonitorError> {
         sessions: Mutex::default(),
         ending: Mutex::default(),
         connected: AtomicU64::new(0),
+        watch: OnceLock::new(),
+        standing: Standing::new().map_err(own("get a random number"))?,
     })
 }
 
 /// Waits until a keeper takes us.
-fn connect(runtime_dir: &RuntimeDir, generation: Option<u64>) -> Result<(Connection, u64), MonitorError> {
+fn connect(
+    shared: &Shared,
+    generation: Option<u64>,
+    overlap: Overlap,
+) -> Result<(Connection, KeeperHello), MonitorError> {
     let mut pause = Duration::from_millis(1);
     loop {
-        let hello =
-            Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned(), generation };
-        match Connection::open(runtime_dir, &hello) {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let (pid, started) = (std::process::id(), shared.standing.started());
+        let hello = Hello { pid, version, generation, overlap, started };
+        match Connection::open(&shared.runtime_dir, &hello) {
             Ok((connection, keeper)) => {
                 tracing::info!(
                     keeper = keeper.pid,
                     generation = keeper.generation,
                     "connected to the keeper"
                 );
-                return Ok((connection, keeper.generation));
+                return Ok((connection, keeper));
             }
             Err(error) if error.is_absence() => {
                 std::thread::sleep(pause);
@@ -263,7 +327,7 @@ fn fill(shared: &Shared, connection: &Connection) {
 
 fn fill_one(connection: &Connection, session: &Session, served: &Served) {
     let filled = served
-        .parks()
+        .parks(session)
         .map_err(ClientError::from)
         .and_then(|parks| connection.fill(&served.delivery, &served.listener, &parks));
     if let Err(error) = filled {
@@ -272,17 +336,45 @@ fn fill_one(connection: &Connection, session: &Session, served: &Served) {
 }
 
 /// Takes what the keeper tells, until it is gone.
-fn serve(shared: &Arc<Shared>, connection: &Connection) {
+fn serve(shared: &Arc<Shared>, connection: &Connection, start: &mut Start) -> Result<(), MonitorError> {
     loop {
         match connection.receive() {
-            Ok(Event::Lease { delivery, listener, parks }) => adopt::adopt(shared, delivery, listener, parks),
+            Ok(Event::Lease { delivery, listener, parks }) => {
+                shared.standing.stay();
+                adopt::adopt(shared, delivery, listener, parks);
+            }
             Ok(Event::Ended { listener }) => adopt::end(shared, listener),
-            Ok(Event::Told { sessions }) => lifeline::take_back(shared, connection, &sessions),
-            Ok(Event::Lost) => return,
+            Ok(Event::Told { sessions }) => {
+                if shared.standing.relieves() {
+                    take_charge(shared, connection, start)?;
+                } else if !shared.standing.is_relieved() {
+                    lifeline::take_back(shared, connection, &sessions);
+                }
+            }
+            Ok(Event::Relieving) => {
+                shared.standing.set_relieves(false);
+                // Now it is for us to see what is lost.
+                let _ = connection.ask();
+            }
+            Ok(Event::Relieved) => overlap::retire(shared),
+            Ok(Event::Lost) => return Ok(()),
             Err(error) => {
                 tracing::warn!("the keeper cannot be understood: {error}");
-                return;
+                return Ok(());
             }
         }
     }
+}
+
+/// All that others serve was taken up: relieves them, unless something is missing that they may well serve.
+fn take_charge(shared: &Shared, connection: &Connection, start: &mut Start) -> Result<(), MonitorError> {
+    let unserved = shared.standing.unserved();
+    if !start.is_over && !unserved.is_empty() {
+        return Err(MonitorError::Unserved(unserved));
+    }
+    // Before whoever was the service's main process ends.
+    start.end();
+    // What a connection does not take, its end tells.
+    let _ = connection.relieve();
+    Ok(())
 }

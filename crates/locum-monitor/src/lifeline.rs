@@ -129,8 +129,7 @@ impl Lifeline {
         if is_first_look {
             // One that a former monitor put there.
             let path = path(&session.shared, &session.id, served.delivery.listener);
-            let held = read(&path, &session.id).ok().flatten();
-            *holder = held.and_then(|held| Some((Thread::hold(held.process.pid).ok()?, held.descriptor)));
+            *holder = held(&path, &session.id).ok().flatten();
         }
         let ours = served.listener.as_fd();
         // What is found there is the listener, whoever has the process's id by now.
@@ -165,7 +164,13 @@ fn put(
         return Err(Without::Ids);
     }
     let path = path(&session.shared, &session.id, served.delivery.listener);
-    read(&path, &session.id)?;
+    let _alone = adopt::lock_folder(&session.shared.folder(&session.id))?;
+    if let Some(there) = held(&path, &session.id)?
+        && there.0.has(there.1, served.listener.as_fd()) == Ok(true)
+    {
+        // Another monitor put it there meanwhile.
+        return Ok(there);
+    }
     // Its leader outlives it as an entry in /proc, so it is the process that is written down.
     let process = Thread::hold(its.process)?;
     let number = free_number(&caller.thread)?;
@@ -221,6 +226,12 @@ fn read(path: &Path, session: &str) -> Result<Option<Held>, Foreign> {
     // The folder's name is the session's; a record that says otherwise was not written by us.
     let named = held.delivery.session.to_string();
     if named == session { Ok(Some(held)) } else { Err(foreign(format!("it names the session {named}"))) }
+}
+
+/// Who is written down at `path` to hold the lifeline, if he lives, and its number there.
+fn held(path: &Path, session: &str) -> Result<Option<(Thread, RawFd)>, Foreign> {
+    let held = read(path, session)?;
+    Ok(held.and_then(|held| Some((Thread::hold(held.process.pid).ok()?, held.descriptor))))
 }
 
 /// Forgets the lifeline of a listener that has ended.

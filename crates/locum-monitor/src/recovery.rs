@@ -70,7 +70,7 @@ pub(crate) fn adopt(session: &Arc<Session>, served: &Arc<Served>) {
         .into_iter()
         .partition(|slot| slot.call_id().is_some_and(|id| served.listener.still_waits(id)));
     // A monitor that died between settling a slot and emptying its park left a file there, which would stay for ever.
-    served.clear_parks(|index| !waiting.iter().chain(&over).any(|slot| slot.index() == index));
+    served.clear_parks(|index| Slot::take_idle(&session.journal, index).is_some());
     for slot in over {
         let kept =
             Stray::left(session, slot).and_then(|slot| keep_withdrawn(session, served, slot, &waiting));

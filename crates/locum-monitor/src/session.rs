@@ -81,6 +81,10 @@ pub(crate) struct Served {
     pub(crate) lifeline: Lifeline,
     /// Which calls were received; `None` if that cannot be noted.
     pub(crate) seen: Option<Seen>,
+    /// Whether another monitor may be at its calls, or have left some.
+    pub(crate) is_shared: AtomicBool,
+    /// Since when there is none, in milliseconds since boot; 0: there is one.
+    pub(crate) alone_since: AtomicU64,
     parks: Mutex<HashMap<u32, Arc<Park>>>,
 }
 
@@ -196,10 +200,15 @@ impl Session {
         }
     }
 
-    /// A free slot. Slots of listeners that this monitor does not serve are free once it has been told of all that live.
-    pub(crate) fn take_slot(&self) -> Option<Slot> {
-        let served = lock(&self.served);
-        Slot::take(&self.journal, |listener| self.shared.settled_in() && !served.contains_key(&listener))
+    /// A free slot, for calls of `served`. Slots of listeners that this monitor does not serve are free once it has been told of
+    /// all that live.
+    pub(crate) fn take_slot(&self, served: &Served) -> Option<Slot> {
+        let knows_all = self.shared.standing.is_in_charge() && self.shared.settled_in();
+        let all = lock(&self.served);
+        let slot = Slot::take(&self.journal, |listener| knows_all && !all.contains_key(&listener))?;
+        // Another monitor may have had the slot meanwhile, with a park of its own, and the keeper holds that one.
+        lock(&served.parks).remove(&slot.index());
+        Some(slot)
     }
 
     /// Keeps a result for the thread whose call was withdrawn.
@@ -291,8 +300,7 @@ impl Served {
     ) -> Self {
         // Not on kernels before 6.6, where answers are slower and nothing else differs.
         let _ = listener.wake_synchronously();
-        let parks =
-            parks.into_iter().map(|park| (park.slot, Arc::new(Park::of(park.near, park.far)))).collect();
+        let parks = parks.into_iter().map(known).collect();
         Self {
             delivery,
             listener,
@@ -304,6 +312,8 @@ impl Served {
             watches: Mutex::default(),
             lifeline: Lifeline::new(first),
             seen,
+            is_shared: AtomicBool::new(true),
+            alone_since: AtomicU64::new(0),
             parks: Mutex::new(parks),
         }
     }
@@ -344,10 +354,22 @@ impl Served {
         lock(&self.parks).iter().filter(|(slot, _)| of(**slot)).for_each(|(_, park)| park.clear());
     }
 
-    /// All parks, as copies for a keeper.
-    pub(crate) fn parks(&self) -> std::io::Result<Vec<client::Park>> {
-        lock(&self.parks).iter().map(|(slot, park)| copy(*slot, park)).collect()
+    /// Learns what others parked. Of its own slots it knows better.
+    pub(crate) fn learn(&self, parks: Vec<client::Park>, session: &Session) {
+        let others = parks.into_iter().filter(|park| !session.journal.is_ours(park.slot));
+        lock(&self.parks).extend(others.map(known));
     }
+
+    /// The parks of its own slots, as copies for a keeper.
+    pub(crate) fn parks(&self, session: &Session) -> std::io::Result<Vec<client::Park>> {
+        let parks = lock(&self.parks);
+        let own = parks.iter().filter(|(slot, _)| session.journal.is_ours(**slot));
+        own.map(|(slot, park)| copy(*slot, park)).collect()
+    }
+}
+
+fn known(park: client::Park) -> (u32, Arc<Park>) {
+    (park.slot, Arc::new(Park::of(park.near, park.far)))
 }
 
 pub(crate) fn copy(slot: u32, park: &Park) -> std::io::Result<client::Park> {
@@ -362,6 +384,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Milliseconds since boot, the same for every process.
 pub(crate) fn now_ms() -> u64 {
+    now_ns() / 1_000_000
+}
+
+/// The same in nanoseconds.
+pub(crate) fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }

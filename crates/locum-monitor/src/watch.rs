@@ -11,6 +11,7 @@ use locum_kernel::{Errno, signal};
 use crate::Shared;
 use crate::adopt;
 use crate::answer::Post;
+use crate::overlap;
 use crate::session::{Served, Session, lock, now_ms};
 use crate::worker;
 
@@ -92,9 +93,16 @@ pub(crate) fn is_short(served: &Served) -> bool {
 pub(crate) fn run(shared: &Shared) {
     let (mut busy, mut swept) = (false, false);
     let mut heartbeat = Heartbeat::start();
+    // There is one such thread.
+    let _ = shared.watch.set(std::thread::current());
     loop {
-        std::thread::sleep(if busy { TICK } else { QUIET_TICK });
+        let is_leaving = shared.standing.is_relieved();
+        std::thread::park_timeout(if busy || is_leaving { TICK } else { QUIET_TICK });
         heartbeat.beat();
+        if overlap::is_done(shared) {
+            tracing::info!("relieved; what was in the making is done or left to the successor");
+            std::process::exit(0);
+        }
         busy = false;
         let now = now_ms();
         // A worker may have been on its way into RECV when it was last interrupted.
@@ -105,7 +113,7 @@ pub(crate) fn run(shared: &Shared) {
             }
             !watches.is_empty()
         });
-        if !swept && shared.settled_in() {
+        if !swept && shared.settled_in() && shared.standing.is_in_charge() {
             adopt::sweep(shared);
             swept = true;
         }
@@ -115,6 +123,7 @@ pub(crate) fn run(shared: &Shared) {
             let served: Vec<Arc<Served>> = lock(&session.served).values().cloned().collect();
             for served in served {
                 busy |= look_at(&session, &served, now);
+                overlap::look(&session, &served, now);
                 worker::grow(&session, &served);
             }
         }
@@ -125,13 +134,17 @@ pub(crate) fn run(shared: &Shared) {
 fn look_at(session: &Arc<Session>, served: &Arc<Served>, now: u64) -> bool {
     let deadline = session.granted.as_ref().map_or(u64::MAX, |granted| granted.policy.limits.deadline_ms);
     let post = Post { session, served };
+    let is_leaving = session.shared.standing.is_relieved();
     let watches: Vec<Arc<Watch>> =
         lock(&served.watches).iter().filter(|watch| !watch.reserve).cloned().collect();
-    let mut all_late = !watches.is_empty();
+    let mut all_late = !watches.is_empty() && !is_leaving;
     for watch in &watches {
         let Some((call, lasted)) = watch.busy(now) else {
             all_late = false;
-            if served.has_ended() || (served.idle.load(Ordering::Relaxed) > 1 && served.is_calm()) {
+            if served.has_ended()
+                || is_leaving
+                || (served.idle.load(Ordering::Relaxed) > 1 && served.is_calm())
+            {
                 // It finds out by itself whether it has to leave.
                 let _ = signal::interrupt(watch.tid);
             }

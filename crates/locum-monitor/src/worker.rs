@@ -19,6 +19,7 @@ use crate::caller::Caller;
 use crate::calls::Outcome;
 use crate::calls::handles::{self, Bench, Grant, Identity};
 use crate::exact::Stray;
+use crate::overlap;
 use crate::recovery;
 use crate::session::{Served, Session, Undelivered, lock, now_ms};
 use crate::watch::{self, Watch};
@@ -61,7 +62,10 @@ pub(crate) fn start(session: &Arc<Session>, served: &Arc<Served>, left: Option<S
 }
 
 fn start_one(session: &Arc<Session>, served: &Arc<Served>, left: Option<Slot>, reserve: bool) {
-    let Some(slot) = left.or_else(|| session.take_slot()) else {
+    if left.is_none() && session.shared.standing.is_relieved() {
+        return;
+    }
+    let Some(slot) = left.or_else(|| session.take_slot(served)) else {
         tracing::error!(session = session.id, "no slot is free in the journal; calls wait until one is");
         return;
     };
@@ -118,6 +122,10 @@ impl Worker {
             }
         }
         loop {
+            if self.session.shared.standing.is_relieved() {
+                slot.settle();
+                return Leave::ForGood;
+            }
             let buffer = slot.begin(self.served.id());
             self.served.idle.fetch_add(1, Ordering::AcqRel);
             let received = self.served.listener.receive(buffer);
@@ -172,6 +180,7 @@ impl Worker {
     fn serve(&mut self, slot: Slot, call: &Notification) -> Result<Slot, Leave> {
         self.watch.begin(call.id);
         let done = match self.session.callers.meet(call.tid) {
+            Ok(_) if !overlap::await_turn(&self.session, &self.served, call) => self.drop_withdrawn(slot),
             Ok(caller) => self.serve_caller(slot, call, &caller),
             Err(error) => {
                 self.fail_unmet(call, error);
@@ -215,8 +224,14 @@ impl Worker {
             Some(slot) if sound => Ok(slot),
             Some(_) => Err(Leave::Unsound),
             // The slot stays behind with a result; without another, this worker cannot go on.
-            None => self.session.take_slot().ok_or(Leave::Unsound),
+            None => self.session.take_slot(&self.served).ok_or(Leave::Unsound),
         }
+    }
+
+    /// Nobody waits for the call in `slot`, and what came of it, if anything, is known to another monitor.
+    fn drop_withdrawn(&self, slot: Slot) -> Result<Slot, Leave> {
+        let slot = Stray::left(&self.session, slot);
+        slot.inspect(Slot::settle).or_else(|| self.session.take_slot(&self.served)).ok_or(Leave::Unsound)
     }
 
     fn carry_out(
@@ -283,14 +298,16 @@ impl Worker {
                     }
                 };
                 self.watch.end();
-                slot.or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)
+                slot.or_else(|| self.session.take_slot(&self.served)).ok_or(Leave::Unsound)
             }
             recovery::Repair::Fail(error, why) => {
                 tracing::error!(session = self.session.id, tid = call.tid, nr = call.nr, "{why}; {error}");
                 self.session.counters.abandoned().fetch_add(1, Ordering::Relaxed);
                 let slot = Stray::left(&self.session, slot);
                 post.send(call.id, Answer::Error(error));
-                slot.inspect(Slot::settle).or_else(|| self.session.take_slot()).ok_or(Leave::Unsound)
+                slot.inspect(Slot::settle)
+                    .or_else(|| self.session.take_slot(&self.served))
+                    .ok_or(Leave::Unsound)
             }
         }
     }

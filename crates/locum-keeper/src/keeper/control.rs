@@ -8,10 +8,10 @@ use locum_kernel::notify::{Listener, NotAListener};
 use super::Keeper;
 use crate::frame::FrameError;
 use crate::limits::{Exceeded, Use};
-use crate::monitors::{ClientId, MonitorId, Standing};
+use crate::monitors::{ClientId, Monitor, MonitorId, Standing};
 use crate::protocol::{
-    AnyHello, Delivery, Door, FromKeeper, KeeperReport, ListenerId, MonitorReport, PROTOCOL, Report, Role,
-    ToKeeper,
+    AnyHello, Delivery, Door, FromKeeper, KeeperReport, ListenerId, MonitorReport, Overlap, PROTOCOL, Report,
+    Role, ToKeeper,
 };
 use crate::snapshot::RELEASE;
 use crate::state::State;
@@ -102,33 +102,70 @@ impl Keeper {
             client.standing = Standing::Leaving;
             return Ok(());
         }
-        let ToKeeper::Hello { role, pid, version, generation, .. } = serde_json::from_slice(bytes)? else {
+        let ToKeeper::Hello { role, pid, version, generation, overlap, started, .. } =
+            serde_json::from_slice(bytes)?
+        else {
             return Err(Misspoken::OutOfTurn);
         };
-        let (monitor, generation) = match role {
-            Role::Observer => {
-                client.standing = Standing::Observer;
-                (None, 0)
-            }
-            Role::Monitor => {
-                let Some((monitor, generation)) = self.clients.welcome(id, pid, version, generation) else {
-                    return Ok(());
-                };
-                (Some(monitor), generation)
-            }
-        };
-        if let Some(client) = self.clients.all.get_mut(&id) {
+        let unable = self.clients.monitors.values().find(|monitor| monitor.overlap == Overlap::Unable);
+        if let (Role::Monitor, Overlap::Relieves, Some(other)) = (role, overlap, unable) {
+            let why = format!(
+                "the monitor that serves (pid {}, locum {}) is of a release that cannot be relieved; end it, and the next one takes over",
+                other.pid, other.version
+            );
+            client.tell(FromKeeper::Refused { why });
+            client.standing = Standing::Leaving;
+            return Ok(());
+        }
+        let hello = |keeper: &mut Self, generation, overlap| {
+            let Some(client) = keeper.clients.all.get_mut(&id) else { return };
             let (pid, version) = (std::process::id(), RELEASE.to_owned());
-            client.tell(FromKeeper::Hello { protocol: PROTOCOL, pid, version, generation });
+            client.tell(FromKeeper::Hello { protocol: PROTOCOL, pid, version, generation, overlap });
+        };
+        if role == Role::Observer {
+            client.standing = Standing::Observer;
+            hello(self, 0, overlap);
+            return Ok(());
         }
-        if let Some(monitor) = monitor {
-            tracing::info!(pid, generation, "a monitor is there");
-            for session in self.leases.arrive(monitor) {
-                self.lease(&session, monitor);
-            }
-            self.answer_the_waiting();
+        let welcome = self.clients.welcome(id, pid, version, generation, (overlap, started));
+        let Some((monitor, generation)) = welcome else { return Ok(()) };
+        let (overlap, sessions) = self.leases.arrive(monitor, overlap, &self.clients.younger(monitor));
+        hello(self, generation, overlap);
+        tracing::info!(pid, generation, ?overlap, "a monitor is there");
+        for session in sessions {
+            self.lease(&session, monitor);
         }
+        if overlap == Overlap::Relieved {
+            self.tell_relieved(monitor);
+        }
+        self.answer_the_waiting();
         Ok(())
+    }
+
+    fn tell_relieved(&mut self, monitor: MonitorId) {
+        let overlap = self.clients.monitors.get(&monitor).map(|known| known.overlap);
+        if overlap.is_none_or(|overlap| overlap == Overlap::Unable) {
+            return;
+        }
+        let Some(client) = self.clients.of(monitor) else { return };
+        client.tell(FromKeeper::Relieved {});
+    }
+
+    /// `monitor` serves all that it was told of.
+    fn relieve(&mut self, monitor: MonitorId) {
+        let (relieved, moved) = self.leases.relieve(monitor, &self.clients.younger(monitor));
+        for (session, to) in moved {
+            self.lease(&session, to);
+        }
+        if let Some(client) = self.clients.of(monitor) {
+            client.tell(FromKeeper::Relieving {});
+        }
+        for other in relieved {
+            if let Some(known) = self.clients.monitors.get(&other) {
+                tracing::info!(pid = known.pid, generation = known.generation, "a monitor is relieved");
+            }
+            self.tell_relieved(other);
+        }
     }
 
     fn obey(
@@ -159,6 +196,10 @@ impl Keeper {
             (ToKeeper::Fill { delivery, slots }, Standing::Monitor(monitor)) => {
                 self.fill(monitor, delivery, &slots, descriptors)
             }
+            (ToKeeper::Relieve {}, Standing::Monitor(monitor)) => {
+                self.relieve(monitor);
+                Ok(())
+            }
             (ToKeeper::Upgrade {}, Standing::Observer) => {
                 let found = descriptors.len();
                 let [program] = <[OwnedFd; 1]>::try_from(descriptors)
@@ -173,7 +214,8 @@ impl Keeper {
     fn park(&mut self, monitor: MonitorId, listener: ListenerId, slot: u32, ends: [OwnedFd; 2]) {
         // One that has just ended, if none.
         let Some(held) = self.registry.listeners.get(&listener) else { return };
-        if self.leases.holder(&held.delivery.session) != Some(monitor) {
+        let is_holder = self.leases.holder(&held.delivery.session) == Some(monitor);
+        if !is_holder && !self.leases.is_beside(monitor) {
             return tracing::warn!(%listener, "a park for what another monitor holds is not taken");
         }
         if !held.parks.contains_key(&slot) {
@@ -210,13 +252,22 @@ impl Keeper {
         let listener = Listener::try_from(listener)?;
         let state: State = serde_json::from_str(&delivery.state)?;
         let id = delivery.listener;
-        if !self.leases.keep(monitor, &delivery.session) {
-            tracing::warn!(session = %delivery.session, "a fill of what another monitor holds is not taken");
-            return Ok(());
+        let session = delivery.session.clone();
+        let holder = self.leases.keep(monitor, &session);
+        if holder != Some(monitor) && !self.leases.is_beside(monitor) {
+            tracing::warn!(%session, "a fill of what another monitor holds is not taken");
+            if !self.relieve_late(monitor) {
+                return Ok(());
+            }
         }
         if !self.registry.listeners.contains_key(&id) {
             // No limit here: each was within them when it was delivered.
             self.registry.fill(delivery, &state, listener.into());
+            for other in self.leases.concerned(&session).into_iter().filter(|other| *other != monitor) {
+                if let Some(client) = self.clients.of(other) {
+                    client.lease(id);
+                }
+            }
         }
         for slot in slots {
             if let (Some(near), Some(far)) = (descriptors.next(), descriptors.next()) {
@@ -224,6 +275,19 @@ impl Keeper {
             }
         }
         Ok(())
+    }
+
+    /// `monitor` did not hear in time that another serves what it does. False: it would not understand.
+    fn relieve_late(&mut self, monitor: MonitorId) -> bool {
+        let is_able = |known: &Monitor| known.overlap != Overlap::Unable;
+        if !self.clients.monitors.get(&monitor).is_some_and(is_able) {
+            return false;
+        }
+        for (session, to) in self.leases.dismiss(monitor) {
+            self.lease(&session, to);
+        }
+        self.tell_relieved(monitor);
+        true
     }
 
     fn answer_the_waiting(&mut self) {

@@ -12,8 +12,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use locum_keeper::client::{self, Connection, Event, Hello, Park};
-use locum_keeper::protocol::{Delivery, ListenerId, Report};
+use locum_keeper::client::{self, ClientError, Connection, Event, Hello, Park};
+use locum_keeper::protocol::{Delivery, ListenerId, Overlap, Report};
 use locum_keeper::{RuntimeDir, Sockets};
 use locum_kernel::filter::{Filter, Wait};
 use locum_kernel::notify::Listener;
@@ -46,7 +46,7 @@ pub(crate) fn play() {
     let argument = std::env::var("LOCUM_TEST_ARGUMENT").unwrap();
     match role.as_str() {
         "keeper" => keep(Path::new(&argument)),
-        "monitor" => monitor(Path::new(&argument)),
+        "monitor" | "successor" | "reliever" => monitor(Path::new(&argument), &role),
         "workload" => workload(),
         "runtime" => runtime(Path::new(&argument)),
         "flood" => flood(Path::new(&argument)),
@@ -63,13 +63,26 @@ fn keep(dir: &Path) {
     locum_keeper::run(sockets, std::io::stdin(), None).unwrap();
 }
 
-/// Takes what it is leased, and parks something for each.
-fn monitor(dir: &Path) {
-    let (connection, _) = Connection::open(&RuntimeDir::new(dir), &hello(None)).unwrap();
+/// Takes what it is leased, and parks something for each; a reliever relieves whoever else has the first.
+fn monitor(dir: &Path, role: &str) {
+    let overlap = if role == "monitor" { Overlap::Able } else { Overlap::Relieves };
+    let hello = Hello { overlap, ..hello(None) };
+    let (connection, _) = Connection::open(&RuntimeDir::new(dir), &hello).unwrap();
     println!("\nCONNECTED");
-    while let Ok(Event::Lease { delivery, .. }) = connection.receive() {
-        connection.park(delivery.listener, &park(3, b"parked")).unwrap();
-        println!("\nLEASED {}", delivery.listener.0);
+    let mut relieves = role == "reliever";
+    loop {
+        match connection.receive() {
+            Ok(Event::Lease { delivery, .. }) => {
+                connection.park(delivery.listener, &park(3, b"parked")).unwrap();
+                println!("\nLEASED {}", delivery.listener.0);
+                if std::mem::take(&mut relieves) {
+                    connection.relieve().unwrap();
+                }
+            }
+            Ok(Event::Relieving) => println!("\nRELIEVING"),
+            Ok(Event::Relieved) => println!("\nRELIEVED"),
+            _ => return,
+        }
     }
 }
 
@@ -271,9 +284,22 @@ impl Ground {
         (Arc::new(connection), keeper.generation)
     }
 
+    /// One that is to relieve all others.
+    pub(crate) fn successor(&self) -> Result<Arc<Connection>, ClientError> {
+        let hello = Hello { overlap: Overlap::Relieves, ..hello(None) };
+        let (connection, keeper) = Connection::open(&self.dir, &hello)?;
+        assert_eq!(keeper.overlap, Overlap::Relieves);
+        Ok(Arc::new(connection))
+    }
+
     /// A monitor that can be killed.
     pub(crate) fn mortal_monitor(&self) -> Process {
-        let monitor = role("monitor", self.temporary.path(), 0, Stdio::null(), Stdio::inherit());
+        self.mortal("monitor")
+    }
+
+    /// A monitor that can be killed, in one of the roles that there are.
+    pub(crate) fn mortal(&self, name: &str) -> Process {
+        let monitor = role(name, self.temporary.path(), 0, Stdio::null(), Stdio::inherit());
         monitor.hear("CONNECTED");
         monitor
     }
@@ -307,7 +333,10 @@ impl Workload {
 }
 
 fn hello(generation: Option<u64>) -> Hello {
-    Hello { pid: std::process::id(), version: "0.0.0".into(), generation }
+    let overlap = Overlap::Able;
+    // Only an order is wanted.
+    let started = u64::try_from(std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos()).unwrap();
+    Hello { pid: std::process::id(), version: "0.0.0".into(), generation, overlap, started }
 }
 
 /// The next thing that the keeper tells this monitor.

@@ -1,6 +1,8 @@
 //! What the tests of `run`, `demo` and chaos share: a keeper, monitors and workloads of their own, as real processes.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod chaos;
+
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixStream;
@@ -149,6 +151,24 @@ impl Ground {
         let mut command = locum(&["monitor", "--runtime-dir", self.path(), "--keys"]);
         command.arg(self.runtime.path().join("keys")).stderr(log);
         command.env("LOCUM_DIE_AT", step.to_string()).env("LOCUM_DIE_AFTER", after.to_string());
+        Process(command.spawn().unwrap())
+    }
+
+    /// A monitor that relieves the one that there is, once it serves.
+    pub(crate) fn successor(&self) -> Process {
+        let mut successor = self.start_successor();
+        let mut said = String::new();
+        BufReader::new(successor.0.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        assert_eq!(said, "serving\n", "{}", self.log_tail());
+        successor
+    }
+
+    /// The same, without waiting.
+    pub(crate) fn start_successor(&self) -> Process {
+        let keys = self.runtime.path().join("keys");
+        let mut command = locum(&["monitor", "--replace", "--tell", "--keys", keys.to_str().unwrap()]);
+        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        command.args(["--runtime-dir", self.path()]).stdout(Stdio::piped()).stderr(log);
         Process(command.spawn().unwrap())
     }
 
