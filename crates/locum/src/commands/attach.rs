@@ -14,7 +14,7 @@ use locum_kernel::attach::{self, Refusal};
 use locum_kernel::filter::{Filter, Origin, Wait};
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
-use locum_kernel::verdict::InForce;
+use locum_kernel::verdict::{Action, InForce};
 use locum_kernel::{Errno, arch};
 use locum_monitor::reattach::{self, Filters, Lost, Told};
 use locum_policy::Policy;
@@ -162,7 +162,13 @@ impl Work<'_> {
             if new.is_empty() {
                 return Ok(());
             }
-            for pid in new {
+            // Whoever has a listener of its own comes first: it may be in force for others too.
+            let has_one = |pid: &u32| {
+                let held = Thread::hold(*pid).and_then(|process| process.listeners());
+                held.is_ok_and(|listeners| !listeners.is_empty())
+            };
+            let (first, then): (Vec<u32>, Vec<u32>) = new.into_iter().partition(has_one);
+            for pid in first.into_iter().chain(then) {
                 match self.one(pid, workload) {
                     Ok(done) => {
                         match done {
@@ -263,7 +269,7 @@ impl Work<'_> {
                     attached.without_copy()?;
                     Ok(Done::Attached)
                 }
-                Err(Refusal::Busy(filters)) => match self.whose(&process, &filters)? {
+                Err(Refusal::Busy(filters)) => match self.whose(&process, &filters, &calls)? {
                     Whose::LeftBehind(listener) => {
                         self.deliver(&process, &listener, &filters, workload)?;
                         Ok(Done::TakenBack)
@@ -282,8 +288,9 @@ impl Work<'_> {
         }
     }
 
-    fn whose(&self, process: &Thread, filters: &InForce) -> anyhow::Result<Whose> {
-        Ok(whose(process, filters, (&self.keeper, self.sessions, self.origin))?)
+    fn whose(&self, process: &Thread, filters: &InForce, calls: &[(&str, i32)]) -> anyhow::Result<Whose> {
+        let hand_over = calls.iter().all(|(_, nr)| filters.of_call(*nr).1 == Action::Notify);
+        whose(process, (filters, hand_over), (&self.keeper, self.sessions, self.origin))
     }
 
     /// What would be done, as far as that can be told without doing it.
@@ -302,7 +309,7 @@ impl Work<'_> {
                 filters.room(filter.length()) - 1
             )));
         }
-        Ok(match self.whose(process, &filters)? {
+        Ok(match self.whose(process, &filters, calls)? {
             Whose::Kept => Done::Would(
                 "would be left, is served already; or, if its listener is lost, get another".into(),
             ),

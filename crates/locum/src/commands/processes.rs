@@ -69,7 +69,8 @@ impl Processes {
     }
 }
 
-fn with_descendants(roots: &[u32], all: &[u32]) -> Vec<u32> {
+/// And all that they have started, of `all`.
+pub(crate) fn with_descendants(roots: &[u32], all: &[u32]) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for pid in all {
         if let Ok(status) = Thread::hold(*pid).and_then(|process| process.status()) {

@@ -17,28 +17,28 @@ use super::processes;
 pub(crate) enum Whose {
     /// Our keeper has it.
     Kept,
-    /// A surgeon was killed when it had put it in, and the process itself has it, alone.
+    /// The process itself has it and nobody else: a surgeon was killed when it had put it in, or it is a lifeline.
     LeftBehind(Listener),
     /// It is not ours, or nothing says that it is.
     Foreign(String),
 }
 
-/// Of `process`, for which a listener is in force and which is under `filters`. Ours are those that the process `keeper` holds, for
-/// `sessions`; its filters are from `origin`.
+/// Of `process`, for which a listener is in force and which is under `filters`; they hand over what a filter of ours would, or do not.
+/// Ours are the listeners that the process `keeper` holds, for `sessions`; its filters are from `origin`.
 pub(crate) fn whose(
     process: &Thread,
-    filters: &InForce,
+    (filters, hand_over): (&InForce, bool),
     (keeper, sessions, origin): (&Thread, &[SessionReport], Origin),
-) -> Result<Whose, Errno> {
+) -> anyhow::Result<Whose> {
     let origins = filters.origins();
-    if !origins.is_empty() && origins.iter().all(|from| from.is_some_and(|from| from != origin)) {
-        return Ok(Whose::Foreign(format!("that of another locum{}", told(&holders(keeper)?.strangers))));
-    }
     let is_served = is_of_a_session(process, sessions)?;
-    if origins.first() == Some(&Some(origin)) && !is_served {
+    if !is_served && (hand_over || origins.first() == Some(&Some(origin))) {
         let mut own = Vec::new();
         for listener in process.listeners()? {
-            if !listener.has_ended() && keeper.find(listener.as_fd())?.is_none() {
+            if !listener.has_ended()
+                && keeper.find(listener.as_fd())?.is_none()
+                && !is_held_elsewhere(&listener, process)?
+            {
                 own.push(listener);
             }
         }
@@ -52,6 +52,9 @@ pub(crate) fn whose(
             }
         }
     }
+    if !origins.is_empty() && origins.iter().all(|from| from.is_some_and(|from| from != origin)) {
+        return Ok(Whose::Foreign(format!("that of another locum{}", told(&holders(keeper)?.strangers))));
+    }
     if is_served || (!origins.is_empty() && origins.iter().all(|from| *from == Some(origin))) {
         return Ok(Whose::Kept);
     }
@@ -60,6 +63,17 @@ pub(crate) fn whose(
         return Ok(Whose::Kept);
     }
     Ok(Whose::Foreign(format!("not one of this keeper's{}", told(&holders.strangers))))
+}
+
+/// Whether a process has it that is neither `process` nor comes from it.
+fn is_held_elsewhere(listener: &Listener, process: &Thread) -> anyhow::Result<bool> {
+    let all = processes::all()?;
+    let pid = process.status()?.process;
+    let family = processes::with_descendants(&[pid], &all);
+    // What ends meanwhile has nothing.
+    let has =
+        |pid: &u32| Thread::hold(*pid).is_ok_and(|other| matches!(other.find(listener.as_fd()), Ok(Some(_))));
+    Ok(all.iter().any(|pid| !family.contains(pid) && *pid != std::process::id() && has(pid)))
 }
 
 fn told(strangers: &[(u32, String)]) -> String {
@@ -102,7 +116,7 @@ fn holders(keeper: &Thread) -> Result<Holders, Errno> {
         // Whoever ends while it is looked at holds nothing.
         let is_strange =
             |listener: &Listener| keeper.find(listener.as_fd()) == Ok(None) && !listener.has_ended();
-        if process.listeners().unwrap_or_default().iter().any(is_strange) {
+        if process.listeners().is_ok_and(|listeners| listeners.iter().any(is_strange)) {
             found.strangers.push((pid, process.name().unwrap_or_default()));
         }
     }

@@ -1,5 +1,6 @@
 //! Listeners that are not ours, in the program's table or in force for it.
 
+use crate::common::{Ground, lifelines, locum, until};
 use crate::yard::{Yard, must_be_right};
 
 /// As a container engine has those of its containers.
@@ -46,4 +47,26 @@ fn what_another_locum_serves_is_left_to_it() {
     }
     must_be_right(busy);
     must_be_right(own);
+}
+
+/// Keeper, monitor and all that they wrote down are lost: the workload has its lifeline, and nobody knows of it.
+#[test]
+fn a_lifeline_that_nobody_knows_of_is_taken_back() {
+    let ground = Ground::new();
+    let (mut keeper, mut monitor) = (ground.keeper(), ground.monitor());
+    let traffic = ground.traffic(&[], &["--threads", "2", "--seconds", "120"]);
+    // No call is answered before.
+    until("a lifeline", || traffic.number("calls") > 0);
+    let workload = lifelines(traffic.run.pid())[0].0;
+    keeper.kill();
+    monitor.kill();
+    std::fs::remove_dir_all(ground.runtime.path().join("sessions")).unwrap();
+    let _parts = (ground.keeper(), ground.monitor());
+    let mut attach = locum(&["attach", "--runtime-dir", ground.path(), "--pid", &workload.to_string()]);
+    let out = attach.output().unwrap();
+    let told = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    let wanted = format!("process {workload}: attached, with a listener that it still had\n");
+    assert!(out.status.success() && told.contains(&wanted), "{told}");
+    // Its files are not the policy's: the calls are answered, and that is all.
+    until("calls", || ground.status()["sessions"][0]["calls"].as_u64() > Some(0));
 }

@@ -68,12 +68,19 @@ pub(crate) struct Site {
     folder: TempDir,
     /// Of its containers.
     pub(crate) annotations: Value,
+    /// How crun sees to control groups.
+    control_groups: &'static str,
 }
 
 impl Site {
-    /// `seccomp` is the profile, as the runtime wants it.
+    /// `seccomp` is the profile, as the runtime wants it; null for none.
     pub(crate) fn new(runtime: Runtime, seccomp: &Value) -> Self {
-        let site = Self { runtime, folder: components::folder(), annotations: json!({}) };
+        let site = Self {
+            runtime,
+            folder: components::folder(),
+            annotations: json!({}),
+            control_groups: "disabled",
+        };
         root_file_system(&site.at("root"));
         for name in ["share", "run"] {
             fs::create_dir(site.at(name)).unwrap();
@@ -90,6 +97,19 @@ impl Site {
             run(site.command().arg("import").arg(site.at("image")).arg("localhost/locum-test"));
         }
         site
+    }
+
+    /// Has crun give each container a control group of its own, as runc does.
+    pub(crate) fn with_control_group(mut self) -> Self {
+        self.control_groups = "cgroupfs";
+        self
+    }
+
+    /// Makes a folder in the share, for the containers' user.
+    pub(crate) fn share(&self, name: &str) {
+        let folder = self.at("share").join(name);
+        fs::create_dir(&folder).unwrap();
+        chown(folder, Some(self.runtime.outside()), Some(self.runtime.outside())).unwrap();
     }
 
     pub(crate) fn at(&self, name: &str) -> PathBuf {
@@ -148,7 +168,8 @@ impl Site {
         let state = self.at("state");
         match self.runtime {
             Runtime::Crun => {
-                command.args(["crun", "--cgroup-manager=disabled", "--root"]).arg(state);
+                let manager = format!("--cgroup-manager={}", self.control_groups);
+                command.args(["crun", &manager, "--root"]).arg(state);
             }
             Runtime::Runc => {
                 command = Command::new("runc");
@@ -220,6 +241,10 @@ pub(crate) struct Container<'a> {
 impl Container<'_> {
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// One more command in it.
