@@ -299,6 +299,45 @@ fn whoever_is_killed_on_the_way_nothing_is_lost() {
     assert_eq!((&report["wrong"], &report["failed"]), (&0.into(), &0.into()), "{report}");
 }
 
+/// Two monitors serve one session, and one of them may die, while the keeper goes on in another program.
+#[test]
+fn keeper_and_monitor_are_upgraded_at_once() {
+    let stage = Stage::new();
+    let quiet = stage.quiet();
+    let mut monitor = stage.ground.monitor();
+    let programs = [stage.program("one"), stage.program("other")];
+    let traffic = stage.ground.traffic(&[], &["--threads", "8", "--seconds", "600"]);
+    until("calls", || traffic.number("calls") > 100);
+    let mut random = Random::new();
+    for round in 0..60 {
+        let upgrade = stage.command(&programs[round % 2]).stdout(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(random.micros(0, 40_000));
+        let mut new = stage.ground.start_successor();
+        if round % 3 == 2 {
+            std::thread::sleep(random.micros(0, 40_000));
+            if round % 2 == 0 {
+                monitor.kill();
+            } else {
+                new.kill();
+                new = stage.ground.successor();
+            }
+        }
+        assert!(upgrade.wait_with_output().unwrap().status.success(), "{}", stage.ground.log_tail());
+        let is_first = || stage.ground.status()["monitor"]["pid"] == new.pid();
+        until("the old one to end", || !is_alive(monitor.pid()));
+        until("the new one's turn", is_first);
+        monitor = new;
+        let report = traffic.report();
+        let lost = (&report["wrong"], &report["failed"]);
+        assert_eq!(lost, (&0.into(), &0.into()), "{report}\n{}", stage.ground.log_tail());
+    }
+    let calls = traffic.number("calls");
+    until("more calls", || traffic.number("calls") > calls + 100);
+    assert_eq!(stage.sessions(""), 1);
+    drop((traffic, monitor));
+    stage.must_be(quiet);
+}
+
 #[test]
 fn an_upgraded_keeper_is_still_its_starters_and_without_rights() {
     let ground = Ground::new();
