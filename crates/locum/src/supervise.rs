@@ -3,12 +3,13 @@
 //! The sockets are bound here and lent to the keeper, so that a runtime that connects while a keeper is being replaced
 //! waits and is not refused.
 
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,8 @@ const TOO_SHORT: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long keeper and monitor may take to find each other.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a monitor that was relieved may stay: longer than it takes by itself.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// What keeper and monitor are started with.
 #[derive(Clone, Debug)]
@@ -49,11 +52,18 @@ impl Default for Options {
 pub(crate) struct Supervisor {
     runtime_dir: RuntimeDir,
     pids: Arc<[AtomicU32; 2]>,
-    /// What is started.
-    program: Arc<Mutex<OwnedFd>>,
-    /// Closed to have the thread end.
-    stop: Option<OwnedFd>,
+    orders: mpsc::Sender<Order>,
+    /// Wakes the thread for an order. Closed to have it end.
+    wake: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread is to do.
+enum Order {
+    /// Nothing but to know that the keeper is this program now.
+    Keeper(Arc<OwnedFd>),
+    /// To have a monitor that is this program take the place of the one that runs, and to tell what came of it.
+    Monitor(Arc<OwnedFd>, mpsc::Sender<anyhow::Result<()>>),
 }
 
 impl Supervisor {
@@ -62,32 +72,48 @@ impl Supervisor {
         let sockets = Sockets::bind(runtime_dir, &options.users)
             .with_context(|| format!("cannot bind the sockets in {}", runtime_dir.path().display()))?;
         let pids = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
-        let (stop, stopped) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (woken, wake) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let (tell, told) = mpsc::channel();
-        let program = Arc::new(Mutex::new(open_program(Path::new("/proc/self/exe"))?));
+        let (orders, ordered) = mpsc::channel();
+        let program = Arc::new(open_program(Path::new("/proc/self/exe"))?);
         let own = Supervised {
             runtime_dir: runtime_dir.clone(),
             options,
             sockets,
             pids: Arc::clone(&pids),
-            program: Arc::clone(&program),
+            ordered,
         };
         // One thread starts every child: a child's parent, to the kernel, is the thread that forked it.
-        let thread =
-            std::thread::Builder::new().name("supervise".into()).spawn(move || own.run(&stop, &tell))?;
+        let thread = std::thread::Builder::new()
+            .name("supervise".into())
+            .spawn(move || own.run(&program, &woken, &tell))?;
         let runtime_dir = runtime_dir.clone();
-        let supervisor = Self { runtime_dir, pids, program, stop: Some(stopped), thread: Some(thread) };
+        let supervisor = Self { runtime_dir, pids, orders, wake: Some(wake), thread: Some(thread) };
         await_monitor(&supervisor.runtime_dir, &told)?;
         Ok(supervisor)
     }
 
-    /// Has the keeper go on in the file `program`, which then is what is started when one of the two dies. Returns the release that
-    /// it is; an error leaves all as it is.
-    pub(crate) fn upgrade(&self, program: &Path) -> anyhow::Result<String> {
+    /// Has the keeper go on in the file `program`, which then is what is started when it dies. Returns the release that it is; an
+    /// error leaves it as it is.
+    pub(crate) fn upgrade_keeper(&self, program: &Path) -> anyhow::Result<String> {
         let file = open_program(program)?;
         let (_, release) = client::upgrade(&self.runtime_dir, file.as_fd())?;
-        *self.program.lock().unwrap_or_else(PoisonError::into_inner) = file;
+        self.order(Order::Keeper(Arc::new(file)))?;
         Ok(release)
+    }
+
+    /// Has a monitor that is the file `program` take the place of the one that runs, also whenever it dies. An error leaves that in its
+    /// place.
+    pub(crate) fn upgrade_monitor(&self, program: &Path) -> anyhow::Result<()> {
+        let (tell, told) = mpsc::channel();
+        self.order(Order::Monitor(Arc::new(open_program(program)?), tell))?;
+        told.recv().context("nobody starts monitors any more")?
+    }
+
+    fn order(&self, order: Order) -> anyhow::Result<()> {
+        self.orders.send(order).ok().context("nobody starts keepers and monitors any more")?;
+        self.wake.as_ref().map(|wake| rustix::io::write(wake, &[0])).transpose()?;
+        Ok(())
     }
 
     /// The keeper's process id, if it lives.
@@ -107,7 +133,7 @@ impl Supervisor {
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
-        self.stop = None;
+        self.wake = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -153,7 +179,7 @@ struct Supervised {
     options: Options,
     sockets: Sockets,
     pids: Arc<[AtomicU32; 2]>,
-    program: Arc<Mutex<OwnedFd>>,
+    ordered: mpsc::Receiver<Order>,
 }
 
 /// One of the two, while it lives.
@@ -163,9 +189,20 @@ struct Running {
     since: Instant,
 }
 
+/// A monitor that is to take the place of the one that runs.
+struct Upgrade {
+    program: Arc<OwnedFd>,
+    running: Running,
+    /// Says when it serves.
+    said: ChildStdout,
+    tell: mpsc::Sender<anyhow::Result<()>>,
+}
+
 /// One of the two.
 struct Role {
     name: &'static str,
+    /// What it is started from.
+    program: Arc<OwnedFd>,
     running: Option<Running>,
     /// When it is to be started.
     due: Instant,
@@ -173,13 +210,19 @@ struct Role {
 }
 
 impl Supervised {
-    fn run(&self, stop: &OwnedFd, failures: &mpsc::Sender<String>) {
-        let role = |name| Role { name, running: None, due: Instant::now(), pause: Duration::ZERO };
+    fn run(&self, program: &Arc<OwnedFd>, woken: &OwnedFd, failures: &mpsc::Sender<String>) {
+        let role = |name| {
+            let program = Arc::clone(program);
+            Role { name, program, running: None, due: Instant::now(), pause: Duration::ZERO }
+        };
         let mut roles = [role("keeper"), role("monitor")];
+        let (mut upgrade, mut leaving) = (None, Vec::new());
         loop {
             for (index, role) in roles.iter_mut().enumerate() {
-                if role.running.is_none() && role.due <= Instant::now() {
-                    match self.start(role.name) {
+                // What is to take the place of one that died meanwhile is the next one.
+                let is_coming = index == 1 && upgrade.is_some();
+                if role.running.is_none() && !is_coming && role.due <= Instant::now() {
+                    match self.start(role.name, &role.program, false) {
                         Ok(running) => {
                             self.pids[index].store(running.child.id(), Ordering::Release);
                             role.running = Some(running);
@@ -191,27 +234,82 @@ impl Supervised {
                     }
                 }
             }
-            if wait(stop, &roles) {
+            let wake = wait(woken, &roles, upgrade.as_ref(), &leaving);
+            if wake.contains(PollFlags::HUP) {
                 break;
             }
+            if wake.contains(PollFlags::IN) && rustix::io::read(woken, &mut [0]) == Ok(1) {
+                match self.ordered.try_recv() {
+                    Ok(Order::Keeper(program)) => roles[0].program = program,
+                    Ok(Order::Monitor(program, tell)) => upgrade = self.begin_upgrade(program, tell),
+                    Err(_) => {}
+                }
+            }
+            upgrade = upgrade.and_then(|upgrade| self.go_on(upgrade, &mut roles[1], &mut leaving));
             for (index, role) in roles.iter_mut().enumerate() {
                 let Some(running) = &mut role.running else { continue };
                 let Ok(Some(status)) = running.child.try_wait() else { continue };
                 self.pids[index].store(0, Ordering::Release);
                 role.ended(status, failures);
             }
+            leaving.retain_mut(|(running, until): &mut (Running, Instant)| !running.has_left(*until));
         }
-        for mut running in roles.into_iter().rev().filter_map(|role| role.running) {
-            let _ = rustix::process::pidfd_send_signal(&running.pidfd, Signal::KILL);
-            let _ = running.child.wait();
+        let rest = upgrade.into_iter().map(|upgrade: Upgrade| upgrade.running);
+        let rest = rest.chain(leaving.into_iter().map(|(running, _)| running));
+        for mut running in roles.into_iter().rev().filter_map(|role| role.running).chain(rest) {
+            running.kill();
         }
         self.sockets.remove(&self.runtime_dir);
     }
 
-    fn start(&self, name: &str) -> anyhow::Result<Running> {
-        let program = self.program.lock().unwrap_or_else(PoisonError::into_inner);
+    fn begin_upgrade(
+        &self,
+        program: Arc<OwnedFd>,
+        tell: mpsc::Sender<anyhow::Result<()>>,
+    ) -> Option<Upgrade> {
+        let begun = self.start("monitor", &program, true).and_then(|mut running| {
+            let said = running.child.stdout.take().context("no pipe")?;
+            Ok((running, said))
+        });
+        match begun {
+            Ok((running, said)) => Some(Upgrade { program, running, said, tell }),
+            Err(error) => {
+                // Whoever asked may have gone.
+                let _ = tell.send(Err(error.context("cannot start the new monitor")));
+                None
+            }
+        }
+    }
+
+    /// Looks how far an upgrade is. `None`: it is over.
+    fn go_on(
+        &self,
+        mut upgrade: Upgrade,
+        monitor: &mut Role,
+        leaving: &mut Vec<(Running, Instant)>,
+    ) -> Option<Upgrade> {
+        let has_said = is_readable(&upgrade.said);
+        if !has_said && upgrade.running.since.elapsed() < PATIENCE {
+            return Some(upgrade);
+        }
+        if !has_said || !matches!(upgrade.said.read(&mut [0]), Ok(1)) {
+            let status = upgrade.running.kill();
+            let _ = upgrade.tell.send(Err(anyhow::anyhow!(
+                "the new monitor does not serve, it ended ({status}), see its messages; whoever served serves on"
+            )));
+            return None;
+        }
+        self.pids[1].store(upgrade.running.child.id(), Ordering::Release);
+        monitor.program = upgrade.program;
+        let old = monitor.running.replace(upgrade.running);
+        leaving.extend(old.map(|old| (old, Instant::now() + GRACE)));
+        let _ = upgrade.tell.send(Ok(()));
+        None
+    }
+
+    fn start(&self, name: &str, program: &OwnedFd, replaces: bool) -> anyhow::Result<Running> {
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
-        command.arg0("locum");
+        command.arg0("locum").stdout(Stdio::null());
         // Systemd is told by us how we are.
         command.env_remove("NOTIFY_SOCKET");
         command.env("LOCUM_LOG", crate::LOG.get().map_or("info", String::as_str));
@@ -231,11 +329,35 @@ impl Supervised {
             for policy in &self.options.policies {
                 command.arg("--policy").arg(policy);
             }
+            if replaces {
+                command.args(["--replace", "--tell"]).stdout(Stdio::piped());
+            }
         }
         // In a group of their own: what a terminal sends is for this process alone.
-        let child = command.stdout(Stdio::null()).process_group(0).spawn()?;
+        let child = command.process_group(0).spawn()?;
         let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         Ok(Running { child, pidfd, since: Instant::now() })
+    }
+}
+
+impl Running {
+    /// Ends it, if it has not ended by itself, and returns how it did.
+    fn kill(&mut self) -> String {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
+    }
+
+    /// Whether it has ended, as it was to by `until`.
+    fn has_left(&mut self, until: Instant) -> bool {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return true;
+        }
+        let is_late = until <= Instant::now();
+        if is_late {
+            tracing::error!(pid = self.child.id(), "a monitor that was relieved does not end; killed");
+            self.kill();
+        }
+        is_late
     }
 }
 
@@ -262,15 +384,34 @@ impl Role {
     }
 }
 
-/// Waits until one of them ends or is due. True: they are to be stopped.
-fn wait(stop: &OwnedFd, roles: &[Role]) -> bool {
-    let mut polled = vec![PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+/// Waits until one of them ends, is due or says something, or the thread is woken: for an order, which is not taken during an
+/// upgrade, or to end (`HUP`).
+fn wait(
+    woken: &OwnedFd,
+    roles: &[Role],
+    upgrade: Option<&Upgrade>,
+    leaving: &[(Running, Instant)],
+) -> PollFlags {
+    let orders = if upgrade.is_none() { PollFlags::IN } else { PollFlags::empty() };
+    let mut polled = vec![PollFd::from_borrowed_fd(woken.as_fd(), orders)];
     let running = roles.iter().filter_map(|role| role.running.as_ref());
+    let running = running.chain(leaving.iter().map(|(running, _)| running));
     polled.extend(running.map(|running| PollFd::new(&running.pidfd, PollFlags::IN)));
-    let due = roles.iter().filter(|role| role.running.is_none()).map(|role| role.due).min();
+    polled.extend(upgrade.map(|upgrade| PollFd::new(&upgrade.said, PollFlags::IN)));
+    let is_coming = |role: &&Role| role.name == "monitor" && upgrade.is_some();
+    let due = roles.iter().filter(|role| role.running.is_none() && !is_coming(role)).map(|role| role.due);
+    let due = due.chain(leaving.iter().map(|(_, until)| *until));
+    let due = due.chain(upgrade.map(|upgrade| upgrade.running.since + PATIENCE)).min();
     let timeout = due.map(|due| due.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
     let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
     // Interrupted is as good as nothing: the loop looks again.
-    let _ = rustix::event::poll(&mut polled, timeout.as_ref());
-    !polled[0].revents().is_empty()
+    match rustix::event::poll(&mut polled, timeout.as_ref()) {
+        Ok(_) => polled[0].revents(),
+        Err(_) => PollFlags::empty(),
+    }
+}
+
+fn is_readable(pipe: &ChildStdout) -> bool {
+    let mut polled = [PollFd::new(pipe, PollFlags::IN)];
+    rustix::event::poll(&mut polled, Some(&Timespec::default())) == Ok(1)
 }

@@ -14,6 +14,7 @@ fn nothing_is_lost() {
     assert!(number("calls") > 100, "{text}");
     assert!(number("monitors_killed") > 10, "{text}");
     assert!(number("keepers_upgraded") > 0, "{text}");
+    assert!(number("monitors_upgraded") > 0, "{text}");
     // Every kill cuts off at most as many calls as there are callers.
     assert!((1..=8 * number("monitors_killed")).contains(&number("calls_recovered")), "{text}");
     assert!(number("longest_wait_us") > 0, "{text}");
@@ -31,6 +32,7 @@ fn a_reader_gets_a_table() {
         "calls served",
         "monitors killed",
         "keepers upgraded",
+        "monitors upgraded",
         "calls recovered",
         "longest wait",
         "wrong",

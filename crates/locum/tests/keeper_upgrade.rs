@@ -402,7 +402,9 @@ fn serve_upgrades_on_sighup_and_starts_the_new_program_from_then_on() {
     install(0o755);
     let keys = ground.runtime.path().join("keys");
     let mut serve = Command::new(at("locum"));
-    serve.args(["serve", "--runtime-dir", ground.path(), "--keys"]).arg(&keys);
+    let policy = at("policy.toml");
+    std::fs::write(&policy, "[mine]\nexports = [\"/share\"]\n").unwrap();
+    serve.args(["serve", "--runtime-dir", ground.path(), "--keys"]).arg(&keys).arg("--policy").arg(&policy);
     let serve = Process(serve.stderr(std::fs::File::create(&ground.log).unwrap()).spawn().unwrap());
     let pid = |of| Some(u32::try_from(ground.try_status().ok()?[of]["pid"].as_u64()?).unwrap());
     until("a monitor", || pid("monitor").is_some());
@@ -424,7 +426,7 @@ fn serve_upgrades_on_sighup_and_starts_the_new_program_from_then_on() {
         install(0o755);
         assert!(!is_installed(keeper));
         hang_up();
-        until("an upgrade", || is_installed(keeper));
+        until("an upgrade", || is_installed(keeper) && pid("monitor").is_some_and(is_installed));
         assert_eq!(pid("keeper"), Some(keeper));
     }
     // What is no good is said, and changes nothing.
@@ -432,9 +434,18 @@ fn serve_upgrades_on_sighup_and_starts_the_new_program_from_then_on() {
     hang_up();
     let log = || std::fs::read_to_string(&ground.log).unwrap();
     until("a refusal", || log().contains("not upgraded to ") && log().contains("executable for every user"));
+    // A monitor that cannot start leaves the one that serves in its place.
     install(0o755);
+    let monitor = pid("monitor");
+    std::fs::write(&policy, "[mine").unwrap();
     hang_up();
-    until("an upgrade", || is_installed(keeper));
+    until("a refusal", || {
+        log().contains("the keeper is, the monitor is not: the new monitor does not serve")
+    });
+    assert!(is_installed(keeper) && pid("monitor") == monitor, "{}", ground.log_tail());
+    std::fs::write(&policy, "").unwrap();
+    hang_up();
+    until("an upgrade", || pid("monitor").is_some_and(is_installed));
     for of in ["keeper", "monitor"] {
         let before = pid(of).unwrap();
         let killed = rustix::process::Pid::from_raw(before.cast_signed()).unwrap();

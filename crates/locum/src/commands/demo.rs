@@ -28,7 +28,7 @@ use crate::traffic::Report;
 /// Threads without any capability name files by handle and open them again, as virtiofsd does, and check every result.
 /// Meanwhile the monitor that answers them gets SIGKILL every 5 to 40 ms, and one time in eight the keeper with it: then nothing
 /// of locum is left but a copy of the listener in the workload itself, and callers wait. As often, the keeper is upgraded: it goes on
-/// in a program that is executed anew. Exit code 1: a call was lost or wrong.
+/// in a program that is executed anew; and twice as often the monitor: another takes its place. Exit code 1: a call was lost or wrong.
 #[derive(clap::Args)]
 #[command(after_help = "Example: sudo locum demo")]
 pub(crate) struct Args {
@@ -51,6 +51,7 @@ struct Figures {
     monitors_killed: u64,
     everything_lost: u64,
     keepers_upgraded: u64,
+    monitors_upgraded: u64,
     calls_recovered: u64,
     longest_wait_us: u64,
     wrong: u64,
@@ -91,7 +92,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         calls: report.calls,
         monitors_killed: seen.killed,
         everything_lost: seen.lost,
-        keepers_upgraded: seen.upgraded,
+        keepers_upgraded: seen.keepers,
+        monitors_upgraded: seen.monitors,
         calls_recovered: seen.recovered(),
         longest_wait_us: report.longest_us.max(report.waiting_us),
         wrong: report.wrong,
@@ -161,7 +163,9 @@ fn listen(told: ChildStdout, heard: Arc<Mutex<Report>>) -> anyhow::Result<mpsc::
 struct Seen {
     killed: u64,
     lost: u64,
-    upgraded: u64,
+    /// Upgraded.
+    keepers: u64,
+    monitors: u64,
     hung: bool,
     /// Mapped, it outlives the session's end.
     counters: Option<Counters>,
@@ -182,7 +186,7 @@ fn kill_until(
     args: &Args,
 ) -> Seen {
     let mut seen = Seen::default();
-    let mut last = 0;
+    let (own, mut last) = (Path::new("/proc/self/exe"), 0);
     let terminal = std::io::stderr().is_terminal();
     let mut shown = Instant::now();
     let mut moved = (0, Instant::now());
@@ -191,15 +195,20 @@ fn kill_until(
             last = pid;
             if seen.killed % 8 == 3 {
                 // A keeper that has just been lost is not upgraded.
-                seen.upgraded += u64::from(supervisor.upgrade(Path::new("/proc/self/exe")).is_ok());
+                seen.keepers += u64::from(supervisor.upgrade_keeper(own).is_ok());
             }
-            // Who has made no call has no lifeline yet.
-            let may_lose_all = seen.killed % 8 == 7 && moved.0 > 0;
-            let keeper = may_lose_all.then(|| supervisor.keeper_pid()).flatten();
-            let killed = kill(pid, || supervisor.monitor_pid());
-            let too = keeper.is_some_and(|keeper| kill(keeper, || supervisor.keeper_pid()));
-            seen.killed += u64::from(killed);
-            seen.lost += u64::from(killed && too);
+            if seen.monitors < seen.killed / 4 && supervisor.upgrade_monitor(own).is_ok() {
+                // The one that took its place is the next to be killed.
+                seen.monitors += 1;
+            } else {
+                // Who has made no call has no lifeline yet.
+                let may_lose_all = seen.killed % 8 == 7 && moved.0 > 0;
+                let keeper = may_lose_all.then(|| supervisor.keeper_pid()).flatten();
+                let killed = kill(pid, || supervisor.monitor_pid());
+                let too = keeper.is_some_and(|keeper| kill(keeper, || supervisor.keeper_pid()));
+                seen.killed += u64::from(killed);
+                seen.lost += u64::from(killed && too);
+            }
         }
         if seen.counters.is_none() {
             seen.counters = find_journal(runtime_dir).map(|journal| Counters::of(&journal));
@@ -216,11 +225,12 @@ fn kill_until(
         if shown.elapsed() > Duration::from_millis(if terminal { 100 } else { 5000 }) && !args.json {
             shown = Instant::now();
             let line = format!(
-                "{} calls served, {} monitors killed, {} times everything lost, {} keepers upgraded, {} calls recovered, longest wait {}, wrong {}, lost {}",
+                "{} calls served, {} monitors killed, {} times everything lost, {} keepers and {} monitors upgraded, {} calls recovered, longest wait {}, wrong {}, lost {}",
                 report.calls,
                 seen.killed,
                 seen.lost,
-                seen.upgraded,
+                seen.keepers,
+                seen.monitors,
                 seen.recovered(),
                 milliseconds(report.longest_us),
                 report.wrong,
@@ -268,6 +278,7 @@ impl Figures {
             ("monitors killed", self.monitors_killed.to_string()),
             ("everything lost", self.everything_lost.to_string()),
             ("keepers upgraded", self.keepers_upgraded.to_string()),
+            ("monitors upgraded", self.monitors_upgraded.to_string()),
             ("calls recovered", self.calls_recovered.to_string()),
             ("longest wait", milliseconds(self.longest_wait_us)),
             ("wrong", self.wrong.to_string()),

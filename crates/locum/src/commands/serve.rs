@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use locum_keeper::{RuntimeDir, SocketError, client, systemd};
 use locum_kernel::process::Thread;
 use sd_notify::NotifyState;
@@ -57,7 +58,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         if signal != SIGHUP {
             break;
         }
-        match supervisor.upgrade(&program) {
+        // The keeper first: it refuses a monitor that speaks a newer protocol.
+        let release = supervisor.upgrade_keeper(&program);
+        let upgraded = release.and_then(|release| {
+            supervisor.upgrade_monitor(&program).context("the keeper is, the monitor is not")?;
+            Ok(release)
+        });
+        match upgraded {
             Ok(release) => tracing::info!("upgraded to {}, locum {release}", program.display()),
             Err(error) => tracing::error!("not upgraded to {}: {error:#}", program.display()),
         }
