@@ -296,6 +296,55 @@ fn a_reload_upgrades_the_keeper_and_a_bad_program_does_not() {
 }
 
 #[test]
+fn a_reload_upgrades_the_monitor_and_a_bad_program_does_not() {
+    let system = System::boot();
+    let folder = format!("/etc/systemd/system/{}.d", SERVICES[1]);
+    system.sh(&format!("mkdir {folder} && printf '[Service]\\nWatchdogSec=3\\n' >{folder}/shorter.conf"));
+    system.systemctl(&["daemon-reload"]);
+    system.systemctl(&["restart", SERVICES[1]]);
+    system.settle([None, None]);
+    let traffic = system.traffic("120");
+    until("calls", || traffic.number("calls") > 100);
+    let exe = || {
+        let exe = format!("/proc/{}/exe", system.mains()[1].unwrap());
+        components::run(&mut system.inside("stat", &["-L", "-c", "%i", &exe]))
+    };
+    for _ in 0..5 {
+        let (mains, before) = (system.mains(), exe());
+        system.sh("install -m 755 /source/target/release/locum /usr/bin/locum");
+        system.systemctl(&["reload", SERVICES[1]]);
+        system.settle([None, mains[1]]);
+        assert!(system.mains()[0] == mains[0] && exe() != before, "{}", system.journal());
+        let mut old = system.inside("test", &["-e", &format!("/proc/{}", mains[1].unwrap())]);
+        until("the old one's end", || !old.status().unwrap().success());
+        goes_on(&system, &traffic, "reload");
+    }
+    // The new one is the service: it is watched, and what becomes of it matters.
+    let heard =
+        || system.systemctl(&["show", SERVICES[1], "--property=WatchdogTimestampMonotonic", "--value"]);
+    let (mains, before) = (system.mains(), heard());
+    until("a sign of life", || heard() != before);
+    // A program that is no good, and one that cannot serve what the old one does.
+    let good = "install -m 755 /source/target/release/locum /usr/bin/locum";
+    for bad in [
+        "install -m 755 /bin/false /usr/bin/locum",
+        "printf '[Service]\\nEnvironment=\"LOCUM_MONITOR=--policy /nowhere\"\\n' >/etc/systemd/system/locum-monitor.service.d/bad.conf; systemctl daemon-reload",
+    ] {
+        system.sh(bad);
+        let reload = system.inside("systemctl", &["reload", SERVICES[1]]).output().unwrap();
+        assert!(!reload.status.success(), "{bad}: {reload:?}");
+        system.sh(good);
+        assert_eq!(system.mains(), mains, "{bad}\n{}", system.journal());
+        goes_on(&system, &traffic, bad);
+    }
+    assert!(system.journal().contains("cannot read the policy file /nowhere"), "{}", system.journal());
+    system.sh(&format!("rm {folder}/bad.conf; systemctl daemon-reload"));
+    system.systemctl(&["kill", "--signal=STOP", SERVICES[1]]);
+    system.settle([None, mains[1]]);
+    goes_on(&system, &traffic, "a new one that hung");
+}
+
+#[test]
 fn an_upgrade_and_a_roll_back_go_as_they_are_written() {
     let system = System::boot();
     let traffic = system.traffic("120");
@@ -369,7 +418,7 @@ fn a_monitor_has_policies_of_ones_own() {
     system.sh("printf '[mine]\\nexports = [\"/share\"]\\n' >/etc/locum/policy.toml");
     system.edit(SERVICES[1], &blocks("Install")[1]);
     let mains = system.mains();
-    system.systemctl(&["restart", SERVICES[1]]);
+    system.systemctl(&["reload", SERVICES[1]]);
     system.settle([None, mains[1]]);
     let line = components::run(
         &mut system.inside("cat", &[&format!("/proc/{}/cmdline", system.mains()[1].unwrap())]),
