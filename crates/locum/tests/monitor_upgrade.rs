@@ -133,7 +133,7 @@ fn killed_in_the_middle() {
 /// behind, as without upgrades.
 #[test]
 fn killed_in_the_middle_without_wait_killable_recv_with_signals() {
-    killed(&["--interruptible"], &["--signals", "1000"], 24);
+    killed(&["--interruptible"], &["--signals", "1000"], 48);
 }
 
 fn more_calls(traffic: &Traffic) {
@@ -210,4 +210,28 @@ fn it_goes_on_in_the_background_if_it_is_to() {
     assert!(is_alive(pid) && !parent.lines().any(|line| line == own), "{parent}");
     kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
     until("its end", || !is_alive(pid));
+}
+
+/// A call that takes longer than the old one may stay. Calls stall on demand in debug builds alone.
+#[cfg(debug_assertions)]
+#[test]
+fn what_the_old_one_does_not_finish_goes_to_the_new_one() {
+    use std::os::unix::fs::PermissionsExt;
+    let _alone = alone();
+    let ground = Ground::new();
+    let _keeper = ground.keeper();
+    let mut monitor = ground.monitor();
+    fs::set_permissions(ground.files.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let (program, files) = (ground.files.path().join("caller"), ground.files.path().to_str().unwrap());
+    common::copy_caller(&program);
+    fs::write(ground.files.path().join("file"), "file").unwrap();
+    let mut run = locum(&["run", "--runtime-dir", ground.path(), "--export", files, "--user", "65534", "--"]);
+    run.arg(&program).args(["as-is", "fault", files, "stall"]);
+    let _run = Process(run.spawn().unwrap());
+    let number = |name: &str| ground.status()["sessions"][0][name].as_u64().unwrap_or(0);
+    until("calls beside the one that stalls", || number("calls") > 200);
+    let start = std::time::Instant::now();
+    upgrade(&ground, &mut monitor);
+    assert!(start.elapsed() > Duration::from_secs(4), "it was given its time: {:?}", start.elapsed());
+    until("the call in the hands of the new one", || number("recovered") == 1);
 }
