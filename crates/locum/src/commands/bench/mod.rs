@@ -1,5 +1,6 @@
 //! `locum bench`.
 
+mod again;
 pub(crate) mod caller;
 mod floor;
 mod recovery;
@@ -11,9 +12,11 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use locum_policy::Policy;
 use serde::Serialize;
 
 use self::caller::Times;
+use self::recovery::Loss;
 use super::run::{Place, Workload, choose_policy, default_user, mount_of};
 
 /// Latency and throughput against this machine's floor, in the same run.
@@ -59,6 +62,21 @@ struct Report {
     parts_us: Parts,
     calls_a_second: Vec<Throughput>,
     recovery_ms: Recovery,
+    /// The same when keeper and monitor are killed at once, and the listener comes back from the workload.
+    total_loss_ms: Recovery,
+    /// The same when the journal is lost too, and the call in the making is asked again.
+    total_loss_without_journal_ms: Recovery,
+    /// The same without a lifeline, when another listener is put in.
+    reattach_ms: Recovery,
+    ask_again_us: AskAgain,
+}
+
+#[derive(Debug, Serialize)]
+struct AskAgain {
+    /// Finding out whose a call is.
+    caller_found: Spread,
+    /// How long that thread is held.
+    caller_held: Spread,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -118,10 +136,23 @@ struct Recovery {
     max: f64,
 }
 
+impl Recovery {
+    fn of(gaps: &[Duration]) -> Self {
+        let ms = |gap: &Duration| gap.as_secs_f64() * 1e3;
+        Self {
+            kills: gaps.len(),
+            median: median(gaps.iter().map(ms)),
+            max: gaps.iter().map(ms).fold(0.0, f64::max),
+        }
+    }
+}
+
 /// A place, a workload and a folder for it.
 struct Setup {
     place: Place,
     workload: Workload,
+    /// The same without a lifeline.
+    bare: Workload,
     export: tempfile::TempDir,
     program: std::path::PathBuf,
 }
@@ -155,11 +186,20 @@ impl Setup {
         std::fs::copy("/proc/self/exe", &program)?;
         let place = Place::start()?;
         let exports = vec![mount_of(export.path())?];
-        let workload = Workload::prepare(&place, choose_policy("virtiofsd")?, exports, default_user())?;
-        Ok(Self { place, workload, export, program })
+        let policy = choose_policy("virtiofsd")?;
+        let without = Policy { lifeline: false, ..policy.clone() };
+        let workload = Workload::prepare(&place, policy, exports.clone(), default_user())?;
+        let bare = Workload::prepare(&place, without, exports, default_user())?;
+        Ok(Self { place, workload, bare, export, program })
     }
 
-    fn start_caller(&self, calls: usize, threads: usize, more: &[OsString]) -> anyhow::Result<Child> {
+    fn start_caller(
+        &self,
+        workload: &Workload,
+        calls: usize,
+        threads: usize,
+        more: &[OsString],
+    ) -> anyhow::Result<Child> {
         let calls: [OsString; 4] =
             ["--calls".into(), calls.to_string().into(), "--threads".into(), threads.to_string().into()];
         let mut cmd = vec![
@@ -170,13 +210,13 @@ impl Setup {
         ];
         cmd.extend(calls);
         cmd.extend_from_slice(more);
-        self.workload.start(&cmd, false, |command: &mut Command| {
+        workload.start(&cmd, false, |command: &mut Command| {
             command.stdout(Stdio::piped());
         })
     }
 
     fn delegated(&self, calls: usize, threads: usize) -> anyhow::Result<Times> {
-        let output = self.start_caller(calls, threads, &[])?.wait_with_output()?;
+        let output = self.start_caller(&self.workload, calls, threads, &[])?.wait_with_output()?;
         serde_json::from_slice(&output.stdout).context("the caller under locum failed")
     }
 
@@ -220,9 +260,12 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
         let calls = Pair { name_to_handle_at: times.name_rate, open_by_handle_at: times.open_rate };
         Ok(Throughput { threads, calls })
     };
-    let supervisor = setup.place.own.as_ref().context("the keeper is not ours")?;
-    let gaps: Vec<f64> =
-        recovery::measure(setup, supervisor, args.kills)?.iter().map(|gap| gap.as_secs_f64() * 1e3).collect();
+    let recovery =
+        |workload, loss| recovery::measure(setup, workload, args.kills, loss).map(|gaps| Recovery::of(&gaps));
+    let again = again::measure(setup.export.path(), setup.place.runtime_dir.path(), args.kills * 10)?;
+    let again = |index: usize| {
+        spread(again.iter().map(|both| u64::try_from(both[index].as_nanos()).unwrap_or(u64::MAX)).collect())
+    };
     Ok(Report {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         processors: std::thread::available_parallelism()?.get(),
@@ -255,11 +298,11 @@ fn measure(args: &Args, setup: &Setup) -> anyhow::Result<Report> {
             second_step_of_open: part(|parts| parts.second_step_of_open),
         },
         calls_a_second: [1, 2, 8].into_iter().map(throughput).collect::<anyhow::Result<_>>()?,
-        recovery_ms: Recovery {
-            kills: gaps.len(),
-            max: gaps.iter().copied().fold(0.0, f64::max),
-            median: median(gaps.into_iter()),
-        },
+        recovery_ms: recovery(&setup.workload, Loss::Monitor)?,
+        total_loss_ms: recovery(&setup.workload, Loss::Both)?,
+        total_loss_without_journal_ms: recovery(&setup.workload, Loss::Journal)?,
+        reattach_ms: recovery(&setup.bare, Loss::Listener)?,
+        ask_again_us: AskAgain { caller_found: again(0), caller_held: again(1) },
     })
 }
 
@@ -334,9 +377,20 @@ fn print(report: &Report) {
         "parts of a call: journal {:.2}, signature {:.2}, parked copy {:.2}, second step of an open {:.2} us",
         parts.journal, parts.signature, parts.parked_copy, parts.second_step_of_open
     );
-    let recovery = &report.recovery_ms;
+    for (title, recovery) in [
+        ("of the monitor", &report.recovery_ms),
+        ("of everything", &report.total_loss_ms),
+        ("of everything, with the journal lost", &report.total_loss_without_journal_ms),
+        ("of everything, without a lifeline", &report.reattach_ms),
+    ] {
+        println!(
+            "from SIGKILL {title} to the next answer: median {:.2} ms, longest {:.2} ms of {}",
+            recovery.median, recovery.max, recovery.kills
+        );
+    }
+    let AskAgain { caller_found, caller_held } = &report.ask_again_us;
     println!(
-        "from SIGKILL to the successor's first answer: median {:.2} ms, longest {:.2} ms of {}",
-        recovery.median, recovery.max, recovery.kills
+        "a call asked again: its caller found in {:.2} us, held for {:.2} us, longest {:.2} us",
+        caller_found.p50, caller_held.p50, caller_held.max
     );
 }

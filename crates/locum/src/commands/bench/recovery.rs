@@ -1,4 +1,4 @@
-//! How long callers wait when the monitor is killed: from SIGKILL to the successor's first answer.
+//! How long callers wait when the monitor is killed, or everything: from SIGKILL to the first answer of what comes after.
 
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -6,6 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use locum_journal::{Counters, Journal};
+use locum_kernel::Errno;
 use locum_kernel::handle::name_to_handle_at;
 use locum_kernel::mapping::SharedWords;
 use rustix::event::{PollFd, PollFlags};
@@ -13,6 +15,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::Setup;
+use crate::commands::run::Workload;
 use crate::supervise::Supervisor;
 
 /// Words of the shared file: answers so far, and when the last one came, in nanoseconds of the monotonic clock.
@@ -23,7 +26,14 @@ pub(super) fn beat(dir: &Path, pulse: &Path) -> anyhow::Result<std::convert::Inf
     let words = map(pulse)?;
     let dir = rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     loop {
-        name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH).context("name_to_handle_at")?;
+        match name_to_handle_at(dir.as_fd(), c"", AtFlags::EMPTY_PATH) {
+            // There is no listener.
+            Err(Errno::NOSYS) => {
+                std::thread::sleep(Duration::from_micros(50));
+                continue;
+            }
+            named => named.context("name_to_handle_at")?,
+        };
         words[1].store(now(), Ordering::Release);
         words[0].fetch_add(1, Ordering::Release);
     }
@@ -39,30 +49,87 @@ fn now() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Kills the monitor `kills` times under a caller; how long each time until the successor's first answer.
-pub(super) fn measure(setup: &Setup, supervisor: &Supervisor, kills: usize) -> anyhow::Result<Vec<Duration>> {
+/// What is lost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loss {
+    Monitor,
+    /// Keeper and monitor; the listener comes back from the workload.
+    Both,
+    /// The same, and the journal, so that the call in the making is asked again.
+    Journal,
+    /// Keeper and monitor, without a lifeline: another listener is put in.
+    Listener,
+}
+
+/// Has this lost `kills` times under a caller; how long each time until the first answer of what comes after.
+pub(super) fn measure(
+    setup: &Setup,
+    workload: &Workload,
+    kills: usize,
+    loss: Loss,
+) -> anyhow::Result<Vec<Duration>> {
+    let supervisor = setup.place.own.as_ref().context("the keeper is not ours")?;
     let pulse = setup.export.path().join("pulse");
     std::fs::write(&pulse, [0; WORDS * 8])?;
     std::fs::set_permissions(&pulse, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     let words = map(&pulse)?;
     let args = ["--pulse".into(), pulse.into_os_string()];
-    let mut caller = setup.start_caller(0, 1, &args)?;
-    let gaps = (0..kills).map(|_| {
-        answers_more(&words, 50)?;
-        let pid = supervisor.monitor_pid().context("there is no monitor to kill")?;
-        let pid = Pid::from_raw(pid.cast_signed()).context("a monitor without an id")?;
-        let monitor = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        let killed = now();
-        rustix::process::pidfd_send_signal(&monitor, Signal::KILL)?;
-        rustix::event::poll(&mut [PollFd::new(&monitor, PollFlags::IN)], None)?;
-        // What comes from here on is the successor's.
-        answers_more(&words, 1)?;
-        Ok(Duration::from_nanos(words[1].load(Ordering::Acquire).saturating_sub(killed)))
-    });
-    let gaps = gaps.collect::<anyhow::Result<Vec<_>>>();
+    let mut caller = setup.start_caller(workload, 0, 1, &args)?;
+    let mut gaps = Vec::new();
+    let mut measure = || -> anyhow::Result<()> {
+        // Now and then no call was in the making: then none was asked again.
+        for _ in 0..kills * 10 {
+            let gap = lose(setup, supervisor, &words, loss)?;
+            if loss != Loss::Journal || recovered(setup)? > 0 {
+                gaps.push(gap);
+            }
+            if gaps.len() == kills {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("of {} calls, only {} were in the making when all was lost", kills * 10, gaps.len())
+    };
+    let measured = measure();
     caller.kill()?;
     caller.wait()?;
-    gaps
+    measured.map(|()| gaps)
+}
+
+fn lose(setup: &Setup, supervisor: &Supervisor, words: &SharedWords, loss: Loss) -> anyhow::Result<Duration> {
+    answers_more(words, 50)?;
+    let keeper = supervisor.keeper_pid().filter(|_| loss != Loss::Monitor);
+    let monitor = supervisor.monitor_pid().context("there is no monitor to kill")?;
+    let hold = |pid: u32| -> anyhow::Result<_> {
+        let pid = Pid::from_raw(pid.cast_signed()).context("a process without an id")?;
+        Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+    };
+    let processes = keeper.into_iter().chain([monitor]).map(hold).collect::<anyhow::Result<Vec<_>>>()?;
+    if loss == Loss::Journal {
+        // Who has it mapped does not notice.
+        std::fs::remove_file(journal(setup)?)?;
+    }
+    let killed = now();
+    for process in &processes {
+        rustix::process::pidfd_send_signal(process, Signal::KILL)?;
+    }
+    for process in &processes {
+        rustix::event::poll(&mut [PollFd::new(process, PollFlags::IN)], None)?;
+    }
+    // What comes from here on is the successor's.
+    answers_more(words, 1)?;
+    Ok(Duration::from_nanos(words[1].load(Ordering::Acquire).saturating_sub(killed)))
+}
+
+/// The journal of the only session.
+fn journal(setup: &Setup) -> anyhow::Result<std::path::PathBuf> {
+    let mut sessions = std::fs::read_dir(setup.place.runtime_dir.sessions())?;
+    let paths =
+        sessions.find_map(|folder| Some(folder.ok()?.path().join("journal")).filter(|path| path.exists()));
+    paths.context("no session has a journal")
+}
+
+fn recovered(setup: &Setup) -> anyhow::Result<u64> {
+    Ok(Counters::of(&Journal::open_existing(&journal(setup)?)?).totals().recovered)
 }
 
 /// Waits for `more` answers.
