@@ -12,6 +12,7 @@ use locum_keeper::protocol::SessionReport;
 use locum_keeper::{RuntimeDir, client};
 use locum_kernel::attach::{self, Refusal};
 use locum_kernel::filter::{Filter, Origin, Wait};
+use locum_kernel::hand_over::Unfit;
 use locum_kernel::notify::Listener;
 use locum_kernel::process::Thread;
 use locum_kernel::verdict::{Action, InForce};
@@ -210,8 +211,11 @@ impl Work<'_> {
         self.all(&processes, &workload)?;
         if self.attached.iter().chain(&self.served).any(|pid| *pid == lost.process) {
             // The workload has another session now.
-            std::fs::remove_dir_all(&lost.folder)
-                .with_context(|| format!("cannot remove {}", lost.folder.display()))?;
+            match std::fs::remove_dir_all(&lost.folder) {
+                // By another surgeon.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                removed => removed.with_context(|| format!("cannot remove {}", lost.folder.display()))?,
+            }
         }
         Ok(())
     }
@@ -283,6 +287,13 @@ impl Work<'_> {
                     Whose::Kept => Ok(Done::Served),
                     Whose::Foreign(told) => Err(anyhow::anyhow!("{}: {told}", Refusal::Busy(filters))),
                 },
+                // Another surgeon, whose monitor and keeper are lost too by now, may be at it still.
+                Err(Refusal::Unfit(Unfit::Traced(_)))
+                    if self.args.named.lost && start.elapsed() < PATIENCE =>
+                {
+                    std::thread::sleep(Duration::from_millis(10));
+                    continue;
+                }
                 Err(refusal) => Err(refusal.into()),
             };
         }
