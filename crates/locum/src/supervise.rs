@@ -28,7 +28,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long keeper and monitor may take to find each other.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a monitor that was relieved may stay: longer than it takes by itself.
-const GRACE: Duration = Duration::from_secs(10);
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
 
 /// What keeper and monitor are started with.
 #[derive(Clone, Debug)]

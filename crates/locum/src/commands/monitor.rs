@@ -10,6 +10,10 @@ use anyhow::Context as _;
 use locum_keeper::RuntimeDir;
 use locum_kernel::confine;
 use locum_monitor::Config;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use crate::supervise::GRACE;
 
 /// The monitor alone: answers the calls of the sessions that its keeper holds. Needs root.
 ///
@@ -70,6 +74,9 @@ fn take_output() -> anyhow::Result<OwnedFd> {
 
 /// Starts the new monitor as nobody's child: systemd wants to be the parent of a service's main process when it is told of it.
 fn detach(args: &Args) -> anyhow::Result<ExitCode> {
+    // Systemd says so to whoever reloads a service.
+    let old = std::env::var("MAINPID").ok().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+    let old = old.and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
     let mut command = Command::new("/proc/self/exe");
     command.args(["monitor", "--replace", "--tell", "--runtime-dir"]).arg(&args.runtime_dir);
     command.arg("--keys").arg(&args.keys);
@@ -88,5 +95,18 @@ fn detach(args: &Args) -> anyhow::Result<ExitCode> {
         said == "serving\n",
         "the new monitor does not serve, whoever served serves on; see its messages"
     );
+    if let Some(old) = old {
+        end(&old)?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until a monitor that was relieved has ended. One that hangs is killed: what it has waits for it.
+fn end(old: &OwnedFd) -> anyhow::Result<()> {
+    let patience = Timespec::try_from(GRACE)?;
+    if rustix::event::poll(&mut [PollFd::new(old, PollFlags::IN)], Some(&patience))? == 0 {
+        tracing::error!("the monitor that was relieved does not end; killed");
+        rustix::process::pidfd_send_signal(old, Signal::KILL)?;
+    }
+    Ok(())
 }
