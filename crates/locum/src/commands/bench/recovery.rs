@@ -97,8 +97,8 @@ pub(super) fn measure(
 
 fn lose(setup: &Setup, supervisor: &Supervisor, words: &SharedWords, loss: Loss) -> anyhow::Result<Duration> {
     answers_more(words, 50)?;
-    let keeper = supervisor.keeper_pid().filter(|_| loss != Loss::Monitor);
-    let monitor = supervisor.monitor_pid().context("there is no monitor to kill")?;
+    let monitor = there("monitor", || supervisor.monitor_pid())?;
+    let keeper = (loss != Loss::Monitor).then(|| there("keeper", || supervisor.keeper_pid())).transpose()?;
     let hold = |pid: u32| -> anyhow::Result<_> {
         let pid = Pid::from_raw(pid.cast_signed()).context("a process without an id")?;
         Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
@@ -120,12 +120,26 @@ fn lose(setup: &Setup, supervisor: &Supervisor, words: &SharedWords, loss: Loss)
     Ok(Duration::from_nanos(words[1].load(Ordering::Acquire).saturating_sub(killed)))
 }
 
+/// Waits for what is only being replaced.
+fn there<T>(what: &str, look: impl Fn() -> Option<T>) -> anyhow::Result<T> {
+    let deadline = now() + 10_000_000_000;
+    loop {
+        if let Some(found) = look() {
+            return Ok(found);
+        }
+        anyhow::ensure!(now() < deadline, "there is no {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// The journal of the only session.
 fn journal(setup: &Setup) -> anyhow::Result<std::path::PathBuf> {
-    let mut sessions = std::fs::read_dir(setup.place.runtime_dir.sessions())?;
-    let paths =
-        sessions.find_map(|folder| Some(folder.ok()?.path().join("journal")).filter(|path| path.exists()));
-    paths.context("no session has a journal")
+    there("journal", || find_journal(setup))
+}
+
+fn find_journal(setup: &Setup) -> Option<std::path::PathBuf> {
+    let mut sessions = std::fs::read_dir(setup.place.runtime_dir.sessions()).ok()?;
+    sessions.find_map(|folder| Some(folder.ok()?.path().join("journal")).filter(|path| path.exists()))
 }
 
 fn recovered(setup: &Setup) -> anyhow::Result<u64> {
