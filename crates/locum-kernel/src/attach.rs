@@ -141,6 +141,9 @@ pub fn filters(process: &Thread) -> Result<InForce, Refusal> {
     choose(process)?.stopped.filters().map_err(|_| Refusal::Rights)
 }
 
+/// So often the first thread is looked at, and every other twice, before the process is refused.
+const PASSES: usize = 32;
+
 /// A thread that can carry an [`Installation`] out.
 struct Chosen {
     stopped: Stopped,
@@ -154,9 +157,9 @@ fn choose(process: &Thread) -> Result<Chosen, Refusal> {
     let threads = process.threads()?;
     let mut refusal = Refusal::Stuck(PATIENCE);
     let mut stuck = Vec::new();
-    // A thread in a call that the kernel remembers is left for the second time around: its call would fail with EINTR.
-    for spares in [true, false] {
-        for tid in threads.iter().copied() {
+    for pass in 0..PASSES {
+        // A first thread may be on an alternate stack for a moment.
+        for tid in threads.iter().copied().filter(|tid| pass < 2 || *tid == pid) {
             if stuck.len() >= STUCK || stuck.contains(&tid) {
                 continue;
             }
@@ -181,11 +184,13 @@ fn choose(process: &Thread) -> Result<Chosen, Refusal> {
             if !registers.are_wide() {
                 return Err(Refusal::Narrow);
             }
-            if spares && registers.are_in_remembered_call() {
+            // Left for the second time around: its call would fail with EINTR.
+            if pass == 0 && registers.are_in_remembered_call() {
                 continue;
             }
             let room = match stack::below(&space, tid, tid == pid, &registers)? {
-                None if tid == pid => stack::untouched(process, &space, &registers)?,
+                // These pages are used up for good.
+                None if tid == pid && pass + 1 == PASSES => stack::untouched(process, &space, &registers)?,
                 room => room,
             };
             let Some(room) = room else {

@@ -217,9 +217,16 @@ fn everything_is_killed_at_once_without_a_lifeline() {
         });
         whole.push(restart.elapsed());
         failed = traffic.number("failed");
-        let before = traffic.number("calls");
-        until("many calls", || traffic.number("calls") > before + 1000);
-        assert_eq!(traffic.number("failed"), failed, "outside the window\n{}", ground.log_tail());
+        let many_calls = || {
+            let before = traffic.number("calls");
+            until("many calls", || traffic.number("calls") > before + 1000);
+            traffic.number("failed")
+        };
+        // A thread may still have had its error on the way, and not have counted it.
+        let late = many_calls() - failed;
+        assert!(late <= 8, "{late} outside the window\n{}", ground.log_tail());
+        failed += late;
+        assert_eq!(many_calls(), failed, "outside the window\n{}", ground.log_tail());
     }
     println!("{failed} calls failed while there was no listener; whole within {whole:?} of the restart");
     assert_eq!(traffic.number("wrong"), 0, "{}", ground.log_tail());
