@@ -70,6 +70,11 @@ impl Registers {
         (self.0.orig_rax.cast_signed(), self.0.rax.cast_signed())
     }
 
+    /// Whether the thread is about to make, or has just made, the call of that number with these arguments.
+    pub(crate) fn are_about(&self, (nr, args): (libc::c_long, [u64; 3])) -> bool {
+        self.call().0 == nr && [self.0.rdi, self.0.rsi, self.0.rdx] == args
+    }
+
     /// Whether the kernel is about to go on with a call that it remembers, such as nanosleep(2): rt_sigreturn(2) makes it forget,
     /// and the call fails with EINTR.
     pub(crate) fn are_in_remembered_call(&self) -> bool {
@@ -212,6 +217,8 @@ pub struct Installation {
     pub registers: Registers,
     /// Where the number of the descriptor is to be written that it closes last; as it is, none.
     pub close: u64,
+    /// The calls that it is to make even if the thread's own filters refuse them, and their arguments.
+    pub past_filters: [(libc::c_long, [u64; 3]); 2],
 }
 
 impl Installation {
@@ -235,9 +242,14 @@ impl Installation {
         // Without the wish, it asks what the flag is: a call that changes nothing.
         let ask = [u64::from(libc::PR_GET_NO_NEW_PRIVS.cast_unsigned()), 0, 0];
         let mode = u64::from(libc::SECCOMP_SET_MODE_FILTER);
+        let past_filters = [
+            (libc::SYS_prctl, if no_new_privs { set } else { ask }),
+            (libc::SYS_seccomp, [mode, flags, frame(4)]),
+        ];
+        let [privileges, filter] = past_filters;
         let frames = [
-            Frame::call(gadgets, libc::SYS_prctl, if no_new_privs { set } else { ask }, frame(1)),
-            Frame::call(gadgets, libc::SYS_seccomp, [mode, flags, frame(4)], frame(2)),
+            Frame::call(gadgets, privileges.0, privileges.1, frame(1)),
+            Frame::call(gadgets, filter.0, filter.1, frame(2)),
             Frame::call(gadgets, libc::SYS_close, [u64::MAX, 0, 0], frame(3)),
             Frame::back(gadgets, state, own, top),
         ];
@@ -255,6 +267,7 @@ impl Installation {
             memory: [(base, image), (top, extended)],
             registers: head(state.registers.0, gadgets, frame(0)),
             close,
+            past_filters,
         })
     }
 }

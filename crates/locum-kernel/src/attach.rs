@@ -206,13 +206,12 @@ fn choose(process: &Thread) -> Result<Chosen, Refusal> {
 
 /// Stops a thread of `process`. `None`: it does not stop.
 fn stop(process: &Thread, tid: u32) -> Result<Option<Stopped>, Refusal> {
-    const SUSPEND_SECCOMP: i32 = 1 << 21;
-    let options = libc::PTRACE_O_TRACESYSGOOD | SUSPEND_SECCOMP;
-    let seized = Seized::seize(tid, options).map_err(|error| match (error, process.tracer()) {
-        (Errno::PERM, Ok(tracer @ 1..)) => Refusal::Unfit(Unfit::Traced(tracer)),
-        (Errno::PERM, _) => Refusal::Rights,
-        _ => Refusal::Kernel(error),
-    })?;
+    let seized =
+        Seized::seize(tid, libc::PTRACE_O_TRACESYSGOOD).map_err(|error| match (error, process.tracer()) {
+            (Errno::PERM, Ok(tracer @ 1..)) => Refusal::Unfit(Unfit::Traced(tracer)),
+            (Errno::PERM, _) => Refusal::Rights,
+            _ => Refusal::Kernel(error),
+        })?;
     // Its id was read from the process, and may have gone to a thread of another since.
     let is_its = process.threads().is_ok_and(|threads| threads.contains(&tid));
     match seized.interrupt()?.wait_for(PATIENCE)? {
@@ -264,7 +263,7 @@ fn install(
     stopped.set_registers(&installation.registers)?;
     die_at(23);
     stopped.set_signal_mask(u64::MAX)?;
-    let (stopped, result) = follow(stopped)?;
+    let (stopped, result) = follow(stopped, &installation.past_filters)?;
     die_at(26);
     let number = match result {
         Ok(number) => number,
@@ -287,14 +286,22 @@ const OWN: [(&str, libc::c_long); 4] = [
     ("close", libc::SYS_close),
 ];
 
-/// Goes with the thread until it has its listener, and returns that one's number, or why it has none.
-fn follow(mut stopped: Stopped) -> Result<(Stopped, Result<RawFd, Errno>), Refusal> {
+/// Goes with the thread until it has its listener, and returns that one's number, or why it has none. Its filters are suspended from
+/// the beginning to the end of the calls `past_filters`, as the registers have them, and at no other time: its other threads
+/// can write to the frames from which it goes on.
+fn follow(
+    mut stopped: Stopped,
+    past_filters: &[(libc::c_long, [u64; 3])],
+) -> Result<(Stopped, Result<RawFd, Errno>), Refusal> {
     // Twice for each call: rt_sigreturn, prctl, rt_sigreturn, seccomp.
     for step in 0..8 {
         stopped = stopped.next_call()?.ok_or(Refusal::Kernel(Errno::SRCH))?;
         die_at(24);
-        let (nr, result) = stopped.registers()?.call();
-        if nr != libc::SYS_seccomp || step % 2 == 0 {
+        let (registers, is_beginning) = (stopped.registers()?, step % 2 == 0);
+        let is_ours = past_filters.iter().any(|call| registers.are_about(*call));
+        stopped.suspend_filters(is_beginning && is_ours)?;
+        let (nr, result) = registers.call();
+        if nr != libc::SYS_seccomp || is_beginning {
             continue;
         }
         die_at(25);

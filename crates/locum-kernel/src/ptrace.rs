@@ -49,10 +49,9 @@ pub enum Stop {
 }
 
 impl Seized {
-    /// Begins to trace the thread `tid`; `options` are PTRACE_O_*.
+    /// Begins to trace the thread `tid`; `options` are PTRACE_O_*. Not PTRACE_O_SUSPEND_SECCOMP: it goes on running meanwhile.
     ///
-    /// EPERM: it may not be traced (CAP_SYS_PTRACE), it is traced already, or it is a kernel thread; or with
-    /// PTRACE_O_SUSPEND_SECCOMP: no CAP_SYS_ADMIN, or the calling thread has a seccomp filter. ESRCH: there is none such.
+    /// EPERM: it may not be traced (CAP_SYS_PTRACE), it is traced already, or it is a kernel thread. ESRCH: there is none such.
     pub fn seize(tid: u32, options: i32) -> Result<Self, Errno> {
         request(libc::PTRACE_SEIZE, tid, 0, usize::try_from(options).unwrap_or(0))?;
         Ok(Self { tid, _of_this_thread: PhantomData })
@@ -188,6 +187,12 @@ impl Stopped {
         }
     }
 
+    /// Suspends its filters while it goes on, or no longer. EPERM: no CAP_SYS_ADMIN, or the calling thread has a filter.
+    pub fn suspend_filters(&self, suspend: bool) -> Result<(), Errno> {
+        let options = libc::PTRACE_O_TRACESYSGOOD | if suspend { SUSPEND_SECCOMP } else { 0 };
+        request(libc::PTRACE_SETOPTIONS, self.tid(), 0, usize::try_from(options).unwrap_or(0)).map(drop)
+    }
+
     /// Lets it go on until it comes to the next beginning or end of a system call. Signals on the way are delivered. `None`: it
     /// has ended. Only with PTRACE_O_TRACESYSGOOD.
     pub fn next_call(mut self) -> Result<Option<Self>, Errno> {
@@ -211,6 +216,8 @@ impl Stopped {
     }
 }
 
+/// `PTRACE_O_SUSPEND_SECCOMP` (`linux/ptrace.h`, 4.3).
+const SUSPEND_SECCOMP: libc::c_int = 1 << 21;
 /// `PTRACE_SECCOMP_GET_FILTER` (`linux/ptrace.h`, 4.4).
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 /// `SIGTRAP | 0x80`: a stop at a system call, with PTRACE_O_TRACESYSGOOD.

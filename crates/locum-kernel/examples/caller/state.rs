@@ -49,6 +49,10 @@ pub(crate) fn run(ground: &'static Ground, kind: &str) {
         });
     }
     match kind {
+        "insists" => {
+            std::thread::spawn(wait_and_tell);
+            insist();
+        }
         "sleep" => wait_and_tell(),
         "fork" => {
             std::thread::spawn(wait_and_tell);
@@ -62,6 +66,10 @@ pub(crate) fn run(ground: &'static Ground, kind: &str) {
             std::thread::spawn(wait_and_tell);
             reckon(3);
         }
+    }
+    // Whoever tells ends the program: it would be cut off by a return from here.
+    loop {
+        std::thread::park();
     }
 }
 
@@ -112,6 +120,17 @@ fn forbid(nr: i64, kill: bool) {
     };
     assert_eq!(prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0), 0);
     assert_eq!(prctl(libc::PR_SET_SECCOMP, 2, at), 0);
+}
+
+/// Tries without pause what its own filter refuses: is an action known?
+fn insist() {
+    let action = libc::SECCOMP_RET_ALLOW;
+    let args = [u64::from(libc::SECCOMP_GET_ACTION_AVAIL), 0, &raw const action as u64, 0, 0, 0];
+    while !STOP.load(Ordering::Relaxed) {
+        if call(libc::SYS_seccomp, args) != -i64::from(libc::EPERM) {
+            WRONG.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 fn steps(seed: u64) -> (u64, f64) {

@@ -141,6 +141,19 @@ fn a_program_on_small_stacks_is_attached_and_nothing_beside_them_is_touched() {
     assert_eq!(told["served"], 1, "{told}");
 }
 
+/// Its filters are suspended for the calls by which it takes ours, and for no call of its own.
+#[test]
+fn a_program_that_insists_on_what_it_may_not_is_refused_it_all_the_time() {
+    let yard = Yard::new();
+    let busy = yard.start("insists");
+    for round in 0..100 {
+        let (good, told) = yard.attach(&busy);
+        assert!(good, "round {round}: {told}");
+    }
+    yard.await_calls();
+    must_be_right(busy);
+}
+
 /// Who is about to take a signal when it is to stop, stops when it has begun to.
 #[test]
 fn a_program_under_a_storm_of_signals_is_attached_every_time() {
