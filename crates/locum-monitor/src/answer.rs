@@ -190,10 +190,11 @@ impl Post<'_> {
                 die_at(27);
                 if self.send(call.id, Answer::Value(i64::from(number))) {
                     die_at(28);
+                    turn.answered();
                     slot.settle();
                     die_at(29);
-                    // The caller may have made its next call already; what is left to do is no matter of its.
-                    drop(turn);
+                    // The caller's next call waits for its turn: the file may be deleted by then, and must not be found by its
+                    // handle because of a copy of ours.
                     park.take();
                     die_at(30);
                     return Some(slot);

@@ -35,15 +35,16 @@ pub(crate) struct Caller {
     program: OnceLock<Result<Gadgets, Unfit>>,
 }
 
-/// Held by a worker until the call that it is about is nobody's any more.
+/// Held by a worker while it is about a call of a thread.
 #[derive(Debug)]
 pub(crate) struct Turn<'a> {
     _busy: MutexGuard<'a, ()>,
     watch: Arc<Watch>,
 }
 
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
+impl Turn<'_> {
+    /// The call has its answer; only tidying up is left.
+    pub(crate) fn answered(&self) {
         self.watch.answered();
     }
 }
