@@ -91,13 +91,27 @@ fn tests(name: &str, which: &[&str], filter: &[&str], sum: &mut Sum) -> Result<(
     let text = fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
     let found = Sum::of(&text);
     sum.add(&found);
-    for failed in text.lines().filter(|line| line.starts_with("test ") && line.ends_with(" FAILED")) {
-        println!("  {failed}");
+    let failed = failed(&text);
+    for (test, said) in &failed {
+        println!("  {test} FAILED; it ended with:\n{said}");
     }
+    ensure!(failed.is_empty(), "{} tests failed; all they said is in {}", failed.len(), log.display());
     result?;
     ensure!(found.ignored == 0, "{} tests ignored: a test that cannot run is a failure", found.ignored);
     ensure!(found.passed > 0, "no test ran");
     Ok(())
+}
+
+/// The tests that failed, and the last lines of what each of them said, from what libtest prints behind `failures:`.
+fn failed(text: &str) -> Vec<(&str, String)> {
+    let sections = text.split("\n---- ").skip(1).filter_map(|section| section.split_once(" stdout ----\n"));
+    let last = |(test, said)| {
+        // What follows the last one is the list of all.
+        let said: Vec<&str> =
+            str::split(said, "\n\nfailures:").next().unwrap_or("").trim_end().lines().collect();
+        (test, said[said.len().saturating_sub(40)..].join("\n"))
+    };
+    sections.map(last).collect()
 }
 
 impl Sum {
@@ -124,7 +138,7 @@ impl Sum {
 
 #[cfg(test)]
 mod tests {
-    use super::Sum;
+    use super::{Sum, failed};
 
     #[test]
     fn sums_what_libtest_says() {
@@ -132,5 +146,13 @@ mod tests {
                     test result: FAILED. 10 passed; 2 failed; 1 ignored; 0 measured; 7 filtered out; finished in 1s";
         let sum = Sum::of(text);
         assert_eq!((sum.passed, sum.failed, sum.ignored), (13, 2, 1));
+    }
+
+    #[test]
+    fn shows_what_the_failed_tests_said() {
+        let text = "test a ... FAILED\ntest b ... FAILED\n\nfailures:\n\n---- a stdout ----\none\n\ntwo\n\n\n---- m::b stdout ----\n\
+                    three\n\n\nfailures:\n    a\n    m::b\n\ntest result: FAILED. 0 passed; 2 failed";
+        assert_eq!(failed(text), [("a", "one\n\ntwo".to_owned()), ("m::b", "three".to_owned())]);
+        assert_eq!(failed("test a ... ok\n\ntest result: ok. 1 passed"), []);
     }
 }
