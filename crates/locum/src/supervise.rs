@@ -27,8 +27,9 @@ const TOO_SHORT: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long keeper and monitor may take to find each other.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a monitor that was relieved may stay: longer than it takes by itself.
-pub(crate) const GRACE: Duration = Duration::from_secs(10);
+/// How long a monitor that was relieved may stay: longer than it takes by itself, and not so long that a call which has to wait
+/// for its end is late.
+pub(crate) const GRACE: Duration = Duration::from_secs(6);
 
 /// What keeper and monitor are started with.
 #[derive(Clone, Debug)]

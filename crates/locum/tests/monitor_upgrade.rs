@@ -235,3 +235,36 @@ fn what_the_old_one_does_not_finish_goes_to_the_new_one() {
     assert!(start.elapsed() > Duration::from_secs(4), "it was given its time: {:?}", start.elapsed());
     until("the call in the hands of the new one", || number("recovered") == 1);
 }
+
+/// It hangs between a caller's answer and the note that it was given: the caller's next call waits for its end, and is not late.
+#[cfg(debug_assertions)]
+#[test]
+fn one_that_hangs_is_killed_before_a_call_is_late() {
+    let _alone = alone();
+    let ground = Ground::new();
+    let _keeper = ground.keeper();
+    let keys = ground.runtime.path().join("keys");
+    let log = || fs::File::options().create(true).append(true).open(&ground.log).unwrap();
+    let mut old = locum(&["monitor", "--runtime-dir", ground.path(), "--keys"]);
+    old.arg(&keys).stderr(log()).env("LOCUM_STOP_AT", "28").env("LOCUM_DIE_AFTER", "50");
+    let mut old = Process(old.spawn().unwrap());
+    let policy = ground.runtime.path().join("policy.toml");
+    let calls = "calls = [\"name_to_handle_at\", \"open_by_handle_at\"]";
+    fs::write(&policy, format!("[p]\n{calls}\nscope = \"x\"\n[p.limits]\ndeadline_ms = 9000\n")).unwrap();
+    let policy = ["--policy", policy.to_str().unwrap()];
+    let traffic = ground.traffic(&policy, &["--threads", "1", "--seconds", "60"]);
+    let hangs = || fs::read_to_string(format!("/proc/{}/stat", old.pid())).unwrap().contains(") T ");
+    until("it to hang", hangs);
+    let mut replace = locum(&["monitor", "--replace", "--detach", "--runtime-dir", ground.path(), "--keys"]);
+    let replaced = replace.arg(&keys).env("MAINPID", old.pid().to_string()).stderr(log()).status().unwrap();
+    let status = ground.status();
+    let new = Pid::from_raw(i32::try_from(status["monitor"]["pid"].as_i64().unwrap()).unwrap()).unwrap();
+    assert!(replaced.success() && new != Pid::from_child(&old.0), "{}", ground.log_tail());
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&old.0.wait().unwrap()), Some(9));
+    more_calls(&traffic);
+    let report = traffic.report();
+    kill_process(new, Signal::KILL).unwrap();
+    assert_eq!((&report["failed"], &report["wrong"]), (&0.into(), &0.into()), "{}", ground.log_tail());
+    drop(traffic);
+    until("its end", || !is_alive(u32::try_from(new.as_raw_nonzero().get()).unwrap()));
+}
