@@ -41,7 +41,7 @@ impl Post<'_> {
                 return self.give(slot, call, (caller, turn), (file, close_on_exec, there), kept);
             }
             Outcome::GivePath { file, close_on_exec } => {
-                return self.give_path(slot, call, caller, (&file, close_on_exec));
+                return self.give_path(slot, call, (caller, turn), (&file, close_on_exec));
             }
             Outcome::Decline => Answer::Continue,
             Outcome::Fail(error) => Answer::Error(error),
@@ -57,6 +57,7 @@ impl Post<'_> {
                 Err(error) => Answer::Error(error),
             },
         };
+        turn.answered();
         self.send(call.id, answer);
         self.let_go(slot, caller)
     }
@@ -188,9 +189,9 @@ impl Post<'_> {
                 die_at(26);
                 slot.sending();
                 die_at(27);
+                turn.answered();
                 if self.send(call.id, Answer::Value(i64::from(number))) {
                     die_at(28);
-                    turn.answered();
                     slot.settle();
                     die_at(29);
                     // The caller's next call waits for its turn: the file may be deleted by then, and must not be found by its

@@ -43,7 +43,7 @@ pub(crate) struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// The call has its answer; only tidying up is left.
+    /// The call is about to have its answer; only tidying up is left. Said before, since the caller may be faster than its worker.
     pub(crate) fn answered(&self) {
         self.watch.answered();
     }

@@ -17,7 +17,7 @@ use locum_kernel::notify::{Answer, CallId, Notification};
 use locum_kernel::process::{Mark, Thread};
 
 use crate::answer::Post;
-use crate::caller::Caller;
+use crate::caller::{Caller, Turn};
 use crate::calls::handles;
 use crate::session::{Session, now_ms};
 
@@ -102,7 +102,7 @@ impl Post<'_> {
         &self,
         slot: Slot,
         call: &Notification,
-        caller: &Arc<Caller>,
+        (caller, turn): (&Arc<Caller>, Turn<'_>),
         (file, close_on_exec): (&OwnedFd, bool),
     ) -> Option<Slot> {
         // Whoever waits for this call has nothing left to take out of an earlier parcel.
@@ -151,6 +151,7 @@ impl Post<'_> {
         slot.sending();
         die_at(3);
         let leads = caller.process() == caller.thread.tid();
+        turn.answered();
         let done = hand_over::deliver(
             listener,
             call,
