@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! Idle ─► Receiving ─► Performing ─► Parked ─► Installed ─► Sending ─► Idle
-//!                          │            (calls that hand over           ▲
-//!                          │             a descriptor)                  │
-//!                          └────────────────────────────────────────────┘
-//!                                  Parked, Installed ─► Undelivered ─► Idle
+//!                          │      (what cannot    ▲                      ▲
+//!                          │      be repeated)    │                      │
+//!                          ├──────────────────────┘ (calls that open)    │
+//!                          └─────────────────────────────────────────────┘
+//!               Performing, Parked, Installed ─► Undelivered ─► Idle
 //! ```
-//! Every step is one store, made before what it announces is done. `Parked` and what follows say that the open file waits
-//! in the slot's park; `Sending`, that the caller may have its answer; `Undelivered`, that the call was withdrawn with the
-//! descriptor in the caller's table already, and that the same call made anew is to get it.
+//! Every step is one store, made before what it announces is done. `Parked` says that the open file waits in the slot's park;
+//! `Sending`, that the caller may have its answer; `Undelivered`, that the call was withdrawn with the descriptor in the
+//! caller's table already, and that the same call made anew is to get it.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub enum Stage {
     Idle = 0,
     /// Received or about to be; nothing was done for it.
     Receiving = 1,
-    /// Something may have been done for it.
+    /// Something may have been done for it. A file that can be opened again may have been installed.
     Performing = 2,
     /// Its open file is parked; the caller may have it already, under a number not noted yet.
     Parked = 3,

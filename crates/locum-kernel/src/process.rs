@@ -221,6 +221,12 @@ impl Thread {
         })
     }
 
+    /// Looks in the thread's table for whatever has this [`Mark`] and is no socket. Returns its number there and a copy.
+    pub fn find_marked_file(&self, mark: Mark) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
+        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
+        self.search(mark, is_file, |_, _| true)
+    }
+
     /// Looks in the thread's table for a socket with this [`Mark`] that `is_it` recognises. Returns its number there and a copy.
     pub fn find_marked_socket(
         &self,

@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 
 use crate::caller::{Caller, Turn};
 use crate::calls::{CutOff, Outcome, Written, int};
+use crate::park::Park;
 use crate::session::{Served, Session, Undelivered, now_ms};
 
 /// Delivers to the callers of one listener.
@@ -104,7 +105,7 @@ impl Post<'_> {
         }
     }
 
-    /// Hands `file` over: park, journal, ADDFD, SEND.
+    /// Hands `file` over: mark, ADDFD, journal, SEND. What cannot be opened again if this monitor dies is parked before.
     fn give(
         &self,
         slot: Slot,
@@ -113,8 +114,11 @@ impl Post<'_> {
         (file, close_on_exec, there): (OwnedFd, bool, Option<RawFd>),
         kept: Option<Undelivered>,
     ) -> Option<Slot> {
-        let park = self.served.park(slot.index(), &self.session.shared);
-        let park = match park.and_then(|park| park.put(call.id, file.as_fd()).map(|()| park)) {
+        let park = match CutOff::of(call) {
+            CutOff::Repeat => Ok(None),
+            CutOff::Neither => self.put_in_park(&slot, call.id, &file).map(Some),
+        };
+        let park = match park {
             Ok(park) => park,
             Err(error) => {
                 if let Some(kept) = kept {
@@ -123,9 +127,6 @@ impl Post<'_> {
                 return self.give_up(slot, call, caller, error);
             }
         };
-        die_at(21);
-        slot.parked();
-        die_at(22);
         let there = there.or_else(|| kept.as_ref().and_then(|kept| kept.descriptor));
         let there = there.filter(|fd| caller.thread.has(*fd, file.as_fd()) == Ok(true));
         if let Some(kept) = kept {
@@ -136,7 +137,17 @@ impl Post<'_> {
             kept.settle();
         }
         let number = there.map_or_else(|| self.install(&slot, call.id, &file, close_on_exec), Ok);
-        self.finish(slot, call, (caller, turn), (file, number), &park)
+        self.finish(slot, call, (caller, turn), (file, number), park)
+    }
+
+    /// Parks `file`, and notes that it is.
+    fn put_in_park(&self, slot: &Slot, id: CallId, file: &OwnedFd) -> Result<Arc<Park>, Errno> {
+        let park = self.served.park(slot.index(), &self.session.shared)?;
+        park.put(id, file.as_fd())?;
+        die_at(21);
+        slot.parked();
+        die_at(22);
+        Ok(park)
     }
 
     /// Goes on with a hand-over that a dead monitor began.
@@ -148,10 +159,7 @@ impl Post<'_> {
         file: OwnedFd,
     ) -> Option<Slot> {
         let call = &left.call;
-        let park = match self.served.park(slot.index(), &self.session.shared) {
-            Ok(park) => park,
-            Err(error) => return self.give_up(slot, call, caller, error),
-        };
+        let park = self.served.known_park(slot.index());
         let number = match find(left, caller, &file) {
             Ok(Some(number)) => Ok(number),
             Ok(None) => {
@@ -160,10 +168,10 @@ impl Post<'_> {
             }
             Err(error) => Err(error),
         };
-        self.finish(slot, call, (caller, turn), (file, number), &park)
+        self.finish(slot, call, (caller, turn), (file, number), park)
     }
 
-    /// Puts `file` into the caller's table. Marked, it is found there even if its park is lost before its number is noted.
+    /// Puts `file` into the caller's table. Marked, it is found there if this monitor dies before its number is noted.
     fn install(&self, slot: &Slot, id: CallId, file: &OwnedFd, close_on_exec: bool) -> Result<RawFd, Errno> {
         Mark::new(slot.index()).put(file.as_fd())?;
         die_at(23);
@@ -178,14 +186,17 @@ impl Post<'_> {
         call: &Notification,
         (caller, turn): (&Caller, Turn<'_>),
         (file, number): (OwnedFd, Result<RawFd, Errno>),
-        park: &Arc<crate::park::Park>,
+        park: Option<Arc<Park>>,
     ) -> Option<Slot> {
-        let withdrawn = match number {
+        let undelivered = match number {
             Ok(number) => {
                 slot.installed(number);
                 die_at(25);
                 // It is one that takes marks.
                 let _ = Mark::remove(file.as_fd());
+                // The caller has it. When it makes its next call, the file may be deleted, and must not be found by its handle
+                // because of a copy of ours.
+                drop(file);
                 die_at(26);
                 slot.sending();
                 die_at(27);
@@ -194,48 +205,43 @@ impl Post<'_> {
                     die_at(28);
                     slot.settle();
                     die_at(29);
-                    // The caller's next call waits for its turn: the file may be deleted by then, and must not be found by its
-                    // handle because of a copy of ours.
-                    park.take();
+                    // The caller's next call waits for its turn.
+                    if let Some(park) = park {
+                        park.clear();
+                    }
                     die_at(30);
                     return Some(slot);
                 }
-                Some(number)
-            }
-            Err(Errno::MFILE) => {
-                self.send(call.id, Answer::Error(Errno::MFILE));
-                None
+                caller.thread.descriptor(number).ok().map(|file| (file, Some(number)))
             }
             Err(error) => {
-                if self.served.listener.still_waits(call.id) {
-                    self.session.audit.tell(&self.session.id, || {
-                        tracing::warn!(
-                            session = self.session.id,
-                            "cannot hand a descriptor over: {error}; EIO"
-                        );
-                    });
-                    self.send(call.id, Answer::Error(Errno::IO));
-                }
-                None
+                self.cannot_give(call, error);
+                (CutOff::of(call) == CutOff::Neither).then_some((file, None))
             }
         };
-        if withdrawn.is_none() && CutOff::of(call) == CutOff::Repeat {
+        let Some((file, descriptor)) = undelivered else {
             slot.settle();
-            park.take();
+            if let Some(park) = park {
+                park.clear();
+            }
             return Some(slot);
-        }
-        let since = now_ms();
+        };
+        let (since, caller_started) = (now_ms(), caller.started);
         slot.undelivered(since);
-        self.session.keep(Undelivered {
-            slot,
-            park: Arc::clone(park),
-            file,
-            call: *call,
-            caller_started: caller.started,
-            descriptor: withdrawn,
-            since,
-        });
+        self.session.keep(Undelivered { slot, park, file, call: *call, caller_started, descriptor, since });
         None
+    }
+
+    /// The caller's table does not take what it was to be given.
+    fn cannot_give(&self, call: &Notification, error: Errno) {
+        if error == Errno::MFILE {
+            self.send(call.id, Answer::Error(Errno::MFILE));
+        } else if self.served.listener.still_waits(call.id) {
+            self.session.audit.tell(&self.session.id, || {
+                tracing::warn!(session = self.session.id, "cannot hand a descriptor over: {error}; EIO");
+            });
+            self.send(call.id, Answer::Error(Errno::IO));
+        }
     }
 
     pub(crate) fn give_up(
@@ -251,7 +257,7 @@ impl Post<'_> {
     }
 }
 
-/// What a monitor installed from `slot` before it died and its park was lost.
+/// What a monitor installed from `slot` before it died.
 fn find_lost(slot: &Slot, caller: &Caller, like: &OwnedFd, close_on_exec: bool) -> Option<(RawFd, OwnedFd)> {
     let mark = Mark::new(slot.index());
     caller.thread.find_marked(mark, like.as_fd(), close_on_exec).ok().flatten()

@@ -1,5 +1,5 @@
-//! A place where an open file waits while it is handed over, outside every process that may die: a socket of which the
-//! keeper holds a copy.
+//! A place where an open file that cannot be opened again waits while it is handed over, outside every process that may die: a
+//! socket of which the keeper holds a copy.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 

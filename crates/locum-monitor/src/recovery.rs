@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
-use locum_kernel::process::Thread;
+use locum_kernel::process::{Mark, Thread};
 use rustix::fs::FileType;
 
 use crate::answer::find;
-use crate::calls::CutOff;
+use crate::calls::{CutOff, handles};
 use crate::exact::Stray;
 use crate::session::{KEPT_MS, Served, Session, Undelivered, now_ms};
 use crate::worker;
@@ -50,7 +50,7 @@ pub(crate) fn decide(left: &Left, parked: Option<OwnedFd>) -> Repair {
     }
 }
 
-/// The file of a hand-over whose park was lost together with the keeper, from the table of the caller, which has it already.
+/// The file of a hand-over that is not parked, from the table of the caller, which has it already.
 pub(crate) fn installed(left: &Left) -> Option<OwnedFd> {
     if !matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered) || left.descriptor < 0 {
         return None;
@@ -62,6 +62,17 @@ pub(crate) fn installed(left: &Left) -> Option<OwnedFd> {
     // A socket is never what was opened: it is one in which something else was handed over.
     let is_socket = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
     (!rustix::fs::fstat(&file).is_ok_and(is_socket)).then_some(file)
+}
+
+/// The same if the park was lost together with the keeper before the number was noted.
+pub(crate) fn marked(slot: &Slot, left: &Left) -> Option<OwnedFd> {
+    if left.stage != Stage::Parked || CutOff::of(&left.call) == CutOff::Repeat {
+        return None;
+    }
+    let caller = Thread::hold(left.call.tid).ok()?;
+    let is_same = caller.start_time() == Ok(left.caller_started);
+    let found = is_same.then(|| caller.find_marked_file(Mark::new(slot.index())).ok()).flatten()?;
+    found.map(|(_, file)| file)
 }
 
 /// Goes through what dead monitors left of `served`: each call that still waits gets a worker, which settles it.
@@ -91,18 +102,27 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
     let Some(left) = slot.left() else { return Some(slot) };
     // In the stage Sending, the answer was most likely taken; to give the same number out twice would be worse than to
     // leave one behind.
-    if !matches!(left.stage, Stage::Parked | Stage::Installed | Stage::Undelivered) {
-        return Some(slot);
-    }
+    let may_have_begun = match left.stage {
+        Stage::Performing => handles::opens(&left.call),
+        Stage::Parked | Stage::Installed | Stage::Undelivered => true,
+        _ => false,
+    };
     let since = if left.stage == Stage::Undelivered { left.since } else { now_ms() };
-    let Ok(park) = served.park(slot.index(), &session.shared) else { return Some(slot) };
-    let Some(file) = park.look(left.call.id).or_else(|| installed(&left)) else { return Some(slot) };
-    let Ok(caller) = session.callers.meet(left.call.tid) else { return Some(slot) };
-    let is_same_thread = left.caller_started == caller.started;
-    if !is_same_thread || now_ms().saturating_sub(since) >= KEPT_MS {
+    if !may_have_begun || now_ms().saturating_sub(since) >= KEPT_MS {
         return Some(slot);
     }
-    let descriptor = find(&left, &caller, &file).ok().flatten();
+    let caller = session.callers.meet(left.call.tid).ok();
+    let Some(caller) = caller.filter(|caller| left.caller_started == caller.started) else {
+        return Some(slot);
+    };
+    let park = served.known_park(slot.index());
+    let parked = park.as_ref().and_then(|park| park.look(left.call.id)).or_else(|| installed(&left));
+    let found = parked.map(|file| (find(&left, &caller, &file).ok().flatten(), file)).or_else(|| {
+        // Nothing is known but its mark. What is taken for it is compared with what the call made anew opens.
+        let marked = caller.thread.find_marked_file(Mark::new(slot.index())).ok().flatten();
+        marked.map(|(number, file)| (Some(number), file))
+    });
+    let Some((descriptor, file)) = found else { return Some(slot) };
     let taken = |number| {
         session.stands_for(left.call.tid, number)
             || waiting.iter().filter_map(Slot::left).any(|other| {

@@ -92,7 +92,8 @@ pub(crate) struct Served {
 #[derive(Debug)]
 pub(crate) struct Undelivered {
     pub(crate) slot: Slot,
-    pub(crate) park: Arc<Park>,
+    /// Where the file waits, if it was parked.
+    pub(crate) park: Option<Arc<Park>>,
     pub(crate) file: OwnedFd,
     pub(crate) call: Notification,
     pub(crate) caller_started: u64,
@@ -106,7 +107,7 @@ impl Undelivered {
     /// Forgets it, everywhere.
     pub(crate) fn settle(&self) {
         self.slot.settle();
-        self.park.clear();
+        self.park.iter().for_each(|park| park.clear());
     }
 
     fn is_for(&self, call: &Notification, caller: &Caller) -> bool {

@@ -285,6 +285,7 @@ impl Worker {
         let call = left.call;
         let post = Post { session: &self.session, served: &self.served };
         let parked = post.parked(&slot, call.id).or_else(|| recovery::installed(left));
+        let parked = parked.or_else(|| recovery::marked(&slot, left));
         match recovery::decide(left, parked) {
             recovery::Repair::Serve => self.serve(slot, &call),
             recovery::Repair::HandOver(file) => {

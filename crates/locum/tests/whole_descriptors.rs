@@ -8,7 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use common::{Ground, until};
 
-/// park, note, mark, ADDFD, note, unmark, note, SEND, settle, take: `locum_kernel::fault::die_at` names these.
+/// park and note, if the call cannot be repeated; mark, ADDFD, note, unmark, note, SEND, settle, take: `locum_kernel::fault::die_at`
+/// names these.
 const STEPS: std::ops::RangeInclusive<u32> = 21..=30;
 fn killed_at_every_step(run: &[&str], traffic: &[&str], keeper_too: bool) {
     // One at a time: each wants both processors.
@@ -18,7 +19,8 @@ fn killed_at_every_step(run: &[&str], traffic: &[&str], keeper_too: bool) {
     let mut keeper = ground.keeper();
     let mut first = ground.monitor();
     let seconds = std::env::var("LOCUM_CHAOS_SECONDS").unwrap_or_else(|_| "15".into());
-    let traffic = ground.traffic(run, &[&["--threads", "4", "--seconds", &seconds], traffic].concat());
+    let all = ["--threads", "4", "--truncate", "--seconds", &seconds];
+    let traffic = ground.traffic(run, &[&all, traffic].concat());
     // Before its first call the workload has no lifeline.
     until("the first call", || traffic.number("calls") > 0);
     first.kill();
@@ -60,7 +62,7 @@ fn of_a_caller_with_signals() {
     killed_at_every_step(&[], &["--signals", "500"], false);
 }
 
-/// The park dies with the keeper; the mark is left.
+/// A park dies with the keeper; the mark is left.
 #[test]
 fn with_the_keeper() {
     killed_at_every_step(&[], &[], true);

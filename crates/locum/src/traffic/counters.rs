@@ -15,6 +15,8 @@ pub(crate) struct Report {
     pub(crate) wrong: u64,
     /// Calls that failed with an error that the kernel would not have given.
     pub(crate) failed: u64,
+    /// Calls that ended with EINTR since they may have cut a file to nothing and cannot be repeated.
+    pub(crate) cut_off: u64,
     /// Descriptors that nobody knows, at the end.
     pub(crate) leaked: u64,
     /// The longest call that returned.
@@ -42,6 +44,7 @@ pub(crate) struct Counters {
     calls: AtomicU64,
     wrong: AtomicU64,
     failed: AtomicU64,
+    pub(super) cut_off: AtomicU64,
     longest_us: AtomicU64,
     pub(super) signals: AtomicU64,
     pub(super) lanes: Box<[LaneState]>,
@@ -68,6 +71,7 @@ impl Counters {
             calls: AtomicU64::new(0),
             wrong: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            cut_off: AtomicU64::new(0),
             longest_us: AtomicU64::new(0),
             signals: AtomicU64::new(0),
             lanes: (0..lanes).map(|_| LaneState::default()).collect(),
@@ -133,6 +137,7 @@ impl Counters {
             calls: self.calls.load(Ordering::Relaxed),
             wrong: self.wrong.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
+            cut_off: self.cut_off.load(Ordering::Relaxed),
             leaked: 0,
             longest_us: self.longest_us.load(Ordering::Relaxed),
             waiting_us,

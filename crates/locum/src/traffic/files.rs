@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use locum_kernel::handle::Named;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 
-/// Of 56 files, 28 folders, and 12 of what can be opened with `O_PATH` alone.
+/// Of 56 files, some of them empty, 28 folders, and 12 of what can be opened with `O_PATH` alone.
 const COUNT: usize = 96;
 
 pub(super) struct Files {
@@ -56,6 +56,11 @@ impl Files {
 }
 
 impl Known {
+    /// Whether it is a file without content, which is not harmed by being cut to nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        matches!(&self.kind, Kind::File(content) if content.is_empty())
+    }
+
     fn prepare(dir: &Path, index: usize) -> io::Result<Self> {
         let (what, node) = match index % 24 {
             0 => ("link", None),
@@ -63,6 +68,7 @@ impl Known {
             12 => ("socket", Some((FileType::Socket, Mode::RUSR | Mode::WUSR))),
             // A regular file without a single right.
             18 => ("closed", Some((FileType::RegularFile, Mode::empty()))),
+            9 => ("empty", None),
             other if other % 3 == 2 => ("folder", None),
             _ => ("file", None),
         };
@@ -71,6 +77,7 @@ impl Known {
         let kind = match what {
             "folder" => Kind::Folder,
             "file" => Kind::File(format!("{name}: this and nothing else\n")),
+            "empty" => Kind::File(String::new()),
             _ => Kind::PathOnly,
         };
         let made = match (&kind, node) {

@@ -18,6 +18,7 @@ pub(super) struct Lane<'a> {
     index: usize,
     random: u64,
     native: bool,
+    truncates: bool,
 }
 
 impl<'a> Lane<'a> {
@@ -26,9 +27,10 @@ impl<'a> Lane<'a> {
         counters: &'a Counters,
         index: usize,
         seed: u64,
-        native: bool,
+        args: &super::Args,
     ) -> Self {
-        Self { files, counters, index, random: seed | 1, native }
+        let (native, truncates) = (args.native, args.truncate);
+        Self { files, counters, index, random: seed | 1, native, truncates }
     }
 
     pub(super) fn run(mut self) {
@@ -69,6 +71,7 @@ impl<'a> Lane<'a> {
     fn open(&mut self, known: &Known, handle: &Handle) {
         let access = match self.below(8) {
             _ if known.kind == Kind::PathOnly => OFlags::PATH,
+            0..4 if self.truncates && known.is_empty() => OFlags::WRONLY | OFlags::TRUNC,
             0 => OFlags::WRONLY,
             1 => OFlags::RDWR,
             2 => OFlags::RDONLY | OFlags::DIRECTORY,
@@ -88,6 +91,9 @@ impl<'a> Lane<'a> {
                 self.checked(fd, known, |_| Err(format!("{flags:?}: wanted {wanted:?}, got a descriptor")));
             }
             (Err(error), Some(wanted)) if error == wanted => {}
+            (Err(Errno::INTR), _) if access.contains(OFlags::TRUNC) => {
+                self.counters.cut_off.fetch_add(1, Ordering::Relaxed);
+            }
             (Err(error), _) => self.failed(known, &format!("open_by_handle_at with {flags:?}"), error),
         }
     }

@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Nothing is delegated: handles are the kernel's own, and forged ones are not tried.
     #[arg(long)]
     native: bool,
+    /// Also cuts empty files to nothing (O_TRUNC), which cannot be repeated: EINTR, then, is no failure, and counted apart.
+    #[arg(long)]
+    truncate: bool,
     /// Where the random choices begin.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -64,7 +67,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let (files, counters, end) = (&files, &counters, end.clone());
             let seed = args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64 + 1);
             std::thread::Builder::new().spawn_scoped(scope, move || {
-                lane::Lane::new(files, counters, index, seed, args.native).run();
+                lane::Lane::new(files, counters, index, seed, args).run();
                 drop(end);
             })?;
         }

@@ -97,13 +97,18 @@ pub(super) fn cut_off(call: &Notification) -> CutOff {
     let flags = OFlags::from_bits_retain(int(call.args[2]).cast_unsigned());
     // With O_PATH, the kernel looks at no other flag that does anything.
     let truncates = flags.contains(OFlags::TRUNC) && !wants_path(call);
-    if call.nr == number(Call::OpenByHandleAt) && truncates { CutOff::Neither } else { CutOff::Repeat }
+    if opens(call) && truncates { CutOff::Neither } else { CutOff::Repeat }
+}
+
+/// Whether the call asks for a descriptor.
+pub(crate) fn opens(call: &Notification) -> bool {
+    call.nr == number(Call::OpenByHandleAt)
 }
 
 /// Whether the call asks for an `O_PATH` descriptor.
 pub(crate) fn wants_path(call: &Notification) -> bool {
     let flags = OFlags::from_bits_retain(int(call.args[2]).cast_unsigned());
-    call.nr == number(Call::OpenByHandleAt) && flags.contains(OFlags::PATH)
+    opens(call) && flags.contains(OFlags::PATH)
 }
 
 pub(crate) fn number(call: Call) -> i32 {
