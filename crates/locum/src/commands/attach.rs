@@ -179,8 +179,8 @@ impl Work<'_> {
                         }
                         self.tell(&format!("process {pid}: {}", done.as_str()));
                     }
-                    // It has ended meanwhile.
-                    Err(error) if has_ended(&error) => {}
+                    // It has ended meanwhile, whatever was found on the way.
+                    Err(error) if has_ended(&error) || !lives(pid) => {}
                     Err(error) => {
                         self.refused += 1;
                         self.tell(&format!("process {pid}: left as it is: {error:#}"));
@@ -359,6 +359,10 @@ impl Work<'_> {
             &Delivery { pid: process.tid(), id: workload.container, policy: &policy, told: Some(&told) },
         )
     }
+}
+
+fn lives(pid: u32) -> bool {
+    !matches!(Thread::hold_living(pid), Err(Errno::SRCH | Errno::NOENT))
 }
 
 fn has_ended(error: &anyhow::Error) -> bool {

@@ -127,7 +127,7 @@ pub(crate) fn hold(pid: u32) -> anyhow::Result<Thread> {
         .with_context(|| format!("there is no process {pid}"))?;
     anyhow::ensure!(status.process == pid, "this is a thread of process {}: name that one", status.process);
     match Thread::hold_living(pid) {
-        Err(Errno::SRCH) => anyhow::bail!("it is a thread of the kernel, or has ended"),
+        Err(Errno::SRCH) => Err(Errno::SRCH).context("it is a thread of the kernel, or has ended"),
         process => Ok(process?),
     }
 }

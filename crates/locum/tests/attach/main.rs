@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod go;
 mod killed;
 mod lost;
 mod refused;
