@@ -139,6 +139,14 @@ impl Slot {
         })
     }
 
+    /// Whether one of the slots that `which` picks by their index has a call.
+    pub fn any_has_call(journal: &Journal, which: impl Fn(u32) -> bool) -> bool {
+        (0..SLOTS).any(|index| {
+            u32::try_from(index).is_ok_and(&which)
+                && journal.slot_words(index)[0].load(Ordering::Acquire) != 0
+        })
+    }
+
     fn hold(journal: &Arc<Journal>, index: usize) -> Option<Self> {
         journal.take(index).then(|| Self { journal: Arc::clone(journal), index })
     }

@@ -214,11 +214,36 @@ impl Thread {
         like: BorrowedFd<'_>,
         close_on_exec: bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let (wanted, flags) = (rustix::fs::fstat(like)?, rustix::fs::fcntl_getfl(like)?);
+        let wanted = rustix::fs::fstat(like)?;
         let is_same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
-        self.search(mark, is_same, |fd, copy| {
-            rustix::fs::fcntl_getfl(copy) == Ok(flags) && self.closes_on_exec(fd) == Some(close_on_exec)
-        })
+        self.search(mark, is_same, |fd, copy| self.is_opened_like(fd, copy, like, close_on_exec))
+    }
+
+    /// Whether `copy`, of which the thread has the original as `fd`, is the same file as `like` and opened in the same way.
+    pub fn is_opened_like(
+        &self,
+        fd: RawFd,
+        copy: &OwnedFd,
+        like: BorrowedFd<'_>,
+        close_on_exec: bool,
+    ) -> bool {
+        let file = |fd: BorrowedFd<'_>| {
+            let stat = rustix::fs::fstat(fd)?;
+            Ok::<_, Errno>((stat.st_dev, stat.st_ino, rustix::fs::fcntl_getfl(fd)?))
+        };
+        file(copy.as_fd()).is_ok_and(|copy| Ok(copy) == file(like))
+            && self.closes_on_exec(fd) == Some(close_on_exec)
+    }
+
+    /// All files in the thread's table that have a [`Mark`], with their numbers there.
+    pub fn marked_files(&self) -> Result<Vec<(RawFd, OwnedFd, Mark)>, Errno> {
+        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
+        let mut marked = Vec::new();
+        self.first_copy(is_file, |fd, copy| {
+            marked.extend(Mark::of(copy.as_fd()).map(|mark| (fd, copy, mark)));
+            None::<()>
+        })?;
+        Ok(marked)
     }
 
     /// Looks in the thread's table for whatever has this [`Mark`] and is no socket. Returns its number there and a copy.
@@ -227,14 +252,19 @@ impl Thread {
         self.search(mark, is_file, |_, _| true)
     }
 
-    /// Looks in the thread's table for a socket with this [`Mark`] that `is_it` recognises. Returns its number there and a copy.
+    /// Looks in the thread's table for a socket with this [`Mark`], or any if it is not known, that `is_it` recognises. Returns its
+    /// number there and a copy.
     pub fn find_marked_socket(
         &self,
-        mark: Mark,
+        mark: Option<Mark>,
         is_it: impl Fn(&OwnedFd) -> bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
         let is_socket = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-        self.search(mark, is_socket, |_, copy| is_it(copy))
+        self.first_copy(is_socket, |fd, copy| {
+            let found = Mark::of(copy.as_fd());
+            let is_marked = found.is_some() && mark.is_none_or(|mark| Some(mark) == found);
+            (is_marked && is_it(&copy)).then_some((fd, copy))
+        })
     }
 
     fn search(
@@ -243,6 +273,17 @@ impl Thread {
         is_like: impl Fn(&Stat) -> bool,
         is_it: impl Fn(RawFd, &OwnedFd) -> bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
+        self.first_copy(is_like, |fd, copy| {
+            (Mark::of(copy.as_fd()) == Some(mark) && is_it(fd, &copy)).then_some((fd, copy))
+        })
+    }
+
+    /// Copies what is in the thread's table and `is_like` what is looked for, one after the other, until `pick` takes something.
+    fn first_copy<T>(
+        &self,
+        is_like: impl Fn(&Stat) -> bool,
+        mut pick: impl FnMut(RawFd, OwnedFd) -> Option<T>,
+    ) -> Result<Option<T>, Errno> {
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
         for entry in rustix::fs::Dir::read_from(&table)? {
@@ -256,8 +297,9 @@ impl Thread {
             }
             // Whatever the workload closes meanwhile was not what is looked for.
             let Ok(copy) = self.descriptor(fd) else { continue };
-            if mark.is_on(copy.as_fd()) && is_it(fd, &copy) {
-                return Ok(Some((fd, copy)));
+            let picked = pick(fd, copy);
+            if picked.is_some() {
+                return Ok(picked);
             }
         }
         Ok(None)
@@ -357,9 +399,11 @@ impl Mark {
         crate::notify::check(unsafe { libc::fcntl(file.as_raw_fd(), SET_SIGNAL, signal) }).map(drop)
     }
 
-    fn is_on(self, file: BorrowedFd<'_>) -> bool {
+    /// The mark on `file`.
+    fn of(file: BorrowedFd<'_>) -> Option<Self> {
         // SAFETY: F_GETSIG takes nothing and touches no memory of ours.
-        unsafe { libc::fcntl(file.as_raw_fd(), GET_SIGNAL) == self.0 }
+        let signal = unsafe { libc::fcntl(file.as_raw_fd(), GET_SIGNAL) };
+        (signal > 0).then_some(Self(signal))
     }
 }
 

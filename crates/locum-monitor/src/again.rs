@@ -16,6 +16,7 @@ use locum_kernel::{Errno, waiting};
 
 use crate::answer::Post;
 use crate::calls::CutOff;
+use crate::exact::Stray;
 use crate::session::{Served, Session};
 
 /// How far back calls are looked for before any other is received, from the last that was: most of those in the making. To try one
@@ -51,7 +52,7 @@ pub(crate) fn begin(session: &Arc<Session>, served: &Arc<Served>) {
     let Some(CallId(last)) = seen.last() else { return };
     // None of them is about to be received, so nothing disturbs the search.
     let near = last.wrapping_sub(NEAR);
-    Search { session, served }.run(near..last.wrapping_add(AHEAD));
+    Search { session, served, is_first: true }.run(near..last.wrapping_add(AHEAD));
     go_on(session, served);
 }
 
@@ -71,7 +72,7 @@ pub(crate) fn before(session: &Arc<Session>, served: &Arc<Served>, CallId(first)
 fn start(session: &Arc<Session>, served: &Arc<Served>, range: Range<u64>, doubted_until: Option<u64>) {
     let (own_session, own_served) = (Arc::clone(session), Arc::clone(served));
     let look = move || {
-        let search = Search { session: &own_session, served: &own_served };
+        let search = Search { session: &own_session, served: &own_served, is_first: false };
         search.run(range);
         doubted_until.inspect(|end| search.run_deep(*end));
     };
@@ -83,6 +84,8 @@ fn start(session: &Arc<Session>, served: &Arc<Served>, range: Range<u64>, doubte
 struct Search<'a> {
     session: &'a Session,
     served: &'a Served,
+    /// Nothing is handed over meanwhile.
+    is_first: bool,
 }
 
 impl Search<'_> {
@@ -152,9 +155,12 @@ impl Search<'_> {
             );
         }
         die_at(31);
-        let asked = Thread::hold(caller.tid)
-            .map_err(Into::into)
-            .and_then(|thread| waiting::ask_again(&self.served.listener, id, &thread));
+        let asked = Thread::hold(caller.tid).map_err(Into::into).and_then(|thread| {
+            if self.is_first {
+                self.find_left(id, &thread);
+            }
+            waiting::ask_again(&self.served.listener, id, &thread)
+        });
         match asked {
             Ok(held) => {
                 self.session.counters.recovered().fetch_add(1, Ordering::Relaxed);
@@ -169,6 +175,16 @@ impl Search<'_> {
                 tracing::error!(session = self.session.id, tid = caller.tid, "cannot ask again: {error}");
                 self.fail(id, Errno::IO, "a call is not in the journal, and cannot be asked again");
             }
+        }
+    }
+
+    /// Looks for what a dead monitor put into the caller's table without answering the call.
+    fn find_left(&self, id: CallId, thread: &Thread) {
+        if let Ok(status) = thread.status() {
+            self.session.find_orphans(thread, status.process);
+        }
+        if let Ok(caller) = self.session.callers.meet(thread.tid()) {
+            Stray::of(self.session, &caller, id);
         }
     }
 

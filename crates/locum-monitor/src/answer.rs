@@ -37,7 +37,11 @@ impl Post<'_> {
     ) -> Option<Slot> {
         let answer = match outcome {
             Outcome::Give { file, close_on_exec } => {
-                let found = was_begun.then(|| find_lost(&slot, caller, &file, close_on_exec)).flatten();
+                let found = if was_begun {
+                    find_lost(&slot, caller, &file, close_on_exec)
+                } else {
+                    self.session.orphan(caller, &file, close_on_exec)
+                };
                 let (there, file) = found.map_or((None, file), |(number, file)| (Some(number), file));
                 return self.give(slot, call, (caller, turn), (file, close_on_exec, there), kept);
             }

@@ -44,7 +44,8 @@ impl Stray {
         // If the thread has ended, what was put into its process's table is still there.
         let doubtful = same.is_some();
         let Some(caller) = same.or_else(|| any_of(session, left.process)) else { return Some(slot) };
-        let Some((number, socket)) = find(&slot, &caller, left.call.id) else { return Some(slot) };
+        let mark = Some(Mark::new(slot.index()));
+        let Some((number, socket)) = find(mark, &caller, left.call.id) else { return Some(slot) };
         slot.installed(number);
         slot.undelivered(now_ms());
         session.keep_stray(Self { slot: Some(slot), caller, socket, number, doubtful });
@@ -54,7 +55,18 @@ impl Stray {
     /// The same for a call that still waits, before it is tried again from the same slot.
     pub(crate) fn left_waiting(session: &Session, slot: &Slot, caller: &Arc<Caller>) {
         let left = slot.left().filter(has_begun);
-        if let Some((number, socket)) = left.and_then(|left| find(slot, caller, left.call.id)) {
+        if let Some(left) = left {
+            Self::keep(session, Some(Mark::new(slot.index())), caller, left.call.id);
+        }
+    }
+
+    /// The same before the call `id` is made anew, of which no slot tells.
+    pub(crate) fn of(session: &Session, caller: &Arc<Caller>, id: CallId) {
+        Self::keep(session, None, caller, id);
+    }
+
+    fn keep(session: &Session, mark: Option<Mark>, caller: &Arc<Caller>, id: CallId) {
+        if let Some((number, socket)) = find(mark, caller, id) {
             let caller = Arc::clone(caller);
             session.keep_stray(Self { slot: None, caller, socket, number, doubtful: true });
         }
@@ -214,8 +226,9 @@ fn has_begun(left: &Left) -> bool {
     left.tries > 0 && handles::wants_path(&left.call)
 }
 
-/// The socket that a dead monitor put into the caller's table, from `slot` for the call `id`, with its number there.
-fn find(slot: &Slot, caller: &Caller, id: CallId) -> Option<(RawFd, OwnedFd)> {
+/// The socket that a dead monitor put into the caller's table for the call `id`, with the mark of its slot if that is known, and its
+/// number there.
+fn find(mark: Option<Mark>, caller: &Caller, id: CallId) -> Option<(RawFd, OwnedFd)> {
     let is_it = |found: &OwnedFd| Parcel::call_of(found.as_fd()) == Some(id);
-    caller.thread.find_marked_socket(Mark::new(slot.index()), is_it).ok().flatten()
+    caller.thread.find_marked_socket(mark, is_it).ok().flatten()
 }

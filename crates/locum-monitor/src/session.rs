@@ -1,7 +1,7 @@
 //! A workload as locum knows it.
 
 use std::collections::HashMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -10,7 +10,7 @@ use locum_keeper::client;
 use locum_keeper::protocol::Delivery;
 use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, Notification};
-use locum_kernel::process::Thread;
+use locum_kernel::process::{Mark, Thread};
 use locum_policy::Policy;
 
 use crate::Shared;
@@ -59,6 +59,7 @@ pub(crate) struct Session {
     pub(crate) served: Mutex<HashMap<u64, Arc<Served>>>,
     undelivered: Mutex<Vec<Undelivered>>,
     strays: Mutex<Vec<Stray>>,
+    orphans: Mutex<Vec<Orphan>>,
     /// Whether its calls run unhelped, since somebody wished so.
     pub(crate) detached: AtomicBool,
 }
@@ -101,6 +102,17 @@ pub(crate) struct Undelivered {
     pub(crate) descriptor: Option<RawFd>,
     /// In milliseconds since boot.
     pub(crate) since: u64,
+}
+
+/// A file in a caller's table, by a monitor that died, of which no slot tells.
+#[derive(Debug)]
+struct Orphan {
+    process: u32,
+    /// Its number there.
+    number: RawFd,
+    file: OwnedFd,
+    /// When it was found, in milliseconds since boot.
+    since: u64,
 }
 
 impl Undelivered {
@@ -184,6 +196,7 @@ impl Session {
             served: Mutex::default(),
             undelivered: Mutex::default(),
             strays: Mutex::default(),
+            orphans: Mutex::default(),
             detached: AtomicBool::new(false),
         };
         session.look_for_wish();
@@ -240,6 +253,36 @@ impl Session {
             .any(|result| (result.call.tid, result.descriptor) == (tid, Some(descriptor)))
     }
 
+    /// Looks for orphans in the table of `caller`, before any of its calls is made anew. What has the mark of a slot with a call is none.
+    pub(crate) fn find_orphans(&self, caller: &Thread, process: u32) {
+        let mut orphans = lock(&self.orphans);
+        let since = now_ms();
+        for (number, file, mark) in caller.marked_files().unwrap_or_default() {
+            let is_known = orphans.iter().any(|known| (known.process, known.number) == (process, number));
+            if !is_known && !Slot::any_has_call(&self.journal, |index| Mark::new(index) == mark) {
+                orphans.push(Orphan { process, number, file, since });
+            }
+        }
+    }
+
+    /// Takes an orphan in the table of `caller` that is the same file as `like` and opened in the same way.
+    pub(crate) fn orphan(
+        &self,
+        caller: &Caller,
+        like: &OwnedFd,
+        close_on_exec: bool,
+    ) -> Option<(RawFd, OwnedFd)> {
+        let mut orphans = lock(&self.orphans);
+        let index = orphans.iter().position(|orphan| {
+            let Orphan { process, number, file, .. } = orphan;
+            *process == caller.process()
+                && caller.thread.is_opened_like(*number, file, like.as_fd(), close_on_exec)
+                && caller.thread.has(*number, file.as_fd()) == Ok(true)
+        })?;
+        let Orphan { number, file, .. } = orphans.swap_remove(index);
+        Some((number, file))
+    }
+
     /// Keeps a stray until it can be put to use.
     pub(crate) fn keep_stray(&self, stray: Stray) {
         let mut strays = lock(&self.strays);
@@ -271,8 +314,9 @@ impl Session {
         Some(strays.swap_remove(index))
     }
 
-    /// Forgets the results whose time is over, and strays of processes that are gone.
+    /// Forgets the results and orphans whose time is over, and strays of processes that are gone.
     pub(crate) fn expire(&self, now: u64) {
+        lock(&self.orphans).retain(|orphan| now.saturating_sub(orphan.since) < KEPT_MS);
         lock(&self.strays).retain(|stray| {
             let keep = stray.lasts();
             if !keep {

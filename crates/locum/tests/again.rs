@@ -83,7 +83,7 @@ fn held(ground: &Ground) -> Vec<u64> {
 }
 
 /// Returns how many calls were asked again, and how many were cut off, since they cannot be repeated.
-fn must_be_clean(ground: &Ground, traffic: Traffic, lost: usize) -> (usize, u64) {
+fn must_be_clean(ground: &Ground, traffic: Traffic, lost: usize, are_withdrawn: bool) -> (usize, u64) {
     let (_, report) = traffic.finish();
     let held = held(ground);
     println!(
@@ -96,8 +96,10 @@ fn must_be_clean(ground: &Ground, traffic: Traffic, lost: usize) -> (usize, u64)
     for what in ["wrong", "failed"] {
         assert_eq!(report[what], 0, "{what}: {report}\n{}", log(ground));
     }
-    // What was installed and not answered yet stays behind: only the journal knew of it.
-    assert!(report["leaked"].as_u64().unwrap() <= lost as u64, "{report}\n{}", log(ground));
+    // What was installed and has its mark is taken up again, unless the call is withdrawn before the next monitor looks. It has none
+    // in the instant before the answer.
+    let limit = if are_withdrawn { lost } else { lost / 4 };
+    assert!(report["leaked"].as_u64().unwrap() <= limit as u64, "{report}\n{}", log(ground));
     assert!(!log(ground).contains("nobody is found"), "{}", log(ground));
     (held.len(), report["cut_off"].as_u64().unwrap())
 }
@@ -107,6 +109,7 @@ fn lose(run: &[&str], traffic: &[&str]) -> (usize, u64) {
     let _alone = alone();
     let ground = Ground::new();
     let (mut keeper, mut monitor) = (ground.keeper(), ground.monitor());
+    let are_withdrawn = !run.is_empty() && traffic.contains(&"--signals");
     let traffic = ground.traffic(run, &[&["--threads", "8", "--seconds", "15"], traffic].concat());
     let folder = folder(&ground);
     let path = folder.join("journal");
@@ -132,7 +135,7 @@ fn lose(run: &[&str], traffic: &[&str]) -> (usize, u64) {
     }
     let names = LOSSES.map(|(name, _)| name);
     println!("calls that the journal had, by what became of it: {by_kind:?} ({names:?})");
-    let asked = must_be_clean(&ground, traffic, lost);
+    let asked = must_be_clean(&ground, traffic, lost, are_withdrawn);
     assert!(by_kind.iter().all(|calls| *calls > 0), "{by_kind:?}");
     drop((keeper, monitor));
     asked
@@ -179,7 +182,7 @@ fn killed_at_every_step(run: &[&str]) {
         monitor = ground.monitor();
     }
     println!("died at each of the steps {STEPS:?}: {died:?}");
-    must_be_clean(&ground, traffic, lost + died.iter().sum::<u32>() as usize * 8);
+    must_be_clean(&ground, traffic, lost, false);
     assert!(died.iter().all(|deaths| *deaths > 0), "{died:?}\n{}", log(&ground));
     drop((keeper, monitor));
 }
