@@ -15,8 +15,9 @@ use crate::arch::{Chain, FIRST, Gadgets, State, UPPER_HALF};
 use crate::fault::die_at;
 use crate::memory::AddressSpace;
 use crate::notify::{CallId, Listener, Notification};
-use crate::process::{Mark, Thread};
+use crate::process::Thread;
 use crate::ptrace::{Interrupted, Seized, Stop, Stopped};
+use crate::table::Mark;
 use crate::{Errno, memory, socket, stack};
 
 /// A socket with an `O_PATH` descriptor in it, on its way into a caller.

@@ -26,6 +26,7 @@ pub mod ptrace;
 pub mod signal;
 pub mod socket;
 pub mod stack;
+pub mod table;
 pub mod verdict;
 pub mod waiting;
 

@@ -1,15 +1,14 @@
-//! Other processes and threads: finding them again, their descriptors, their ids.
+//! Other processes and threads: finding them again, their ids. What is in their tables is for `table`.
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 use crate::Errno;
-use crate::notify::Listener;
 
 /// One thread, held so that its id, used again, is never taken for it.
 #[derive(Debug)]
@@ -165,185 +164,9 @@ impl Thread {
         Ok(owner)
     }
 
-    /// How many descriptors the thread may have: the soft RLIMIT_NOFILE.
-    pub fn descriptor_limit(&self) -> Result<RawFd, Errno> {
-        let limits = self.read(c"limits")?;
-        let soft = limits
-            .lines()
-            .find_map(|line| line.strip_prefix("Max open files")?.split_ascii_whitespace().next());
-        // "unlimited" is more than a table can hold.
-        Ok(soft.and_then(|soft| soft.parse().ok()).unwrap_or(RawFd::MAX))
-    }
-
-    /// Whether the thread has as many descriptors as it may have.
-    pub fn table_is_full(&self) -> Result<bool, Errno> {
-        let limit = self.descriptor_limit()?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let table = rustix::fs::Dir::new(rustix::fs::openat(&self.proc, c"fd", flags, Mode::empty())?)?;
-        let number = |entry: rustix::fs::DirEntry| entry.file_name().to_str().ok()?.parse::<RawFd>().ok();
-        let below = table.filter_map(|entry| entry.ok().and_then(number)).filter(|fd| *fd < limit);
-        Ok(below.count() >= usize::try_from(limit).unwrap_or(0))
-    }
-
-    /// Looks for the open file `ours` in the thread's table and returns its number there.
-    pub fn find(&self, ours: BorrowedFd<'_>) -> Result<Option<RawFd>, Errno> {
-        let path = c"fd";
-        let table = rustix::fs::openat(
-            &self.proc,
-            path,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        for entry in rustix::fs::Dir::new(table)? {
-            let entry = entry?;
-            let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
-            if self.has(fd, ours)? {
-                return Ok(Some(fd));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Looks in the thread's table for a file with this [`Mark`], the same one as `like` and opened in the same way. Returns its
-    /// number there and a copy.
-    pub fn find_marked(
-        &self,
-        mark: Mark,
-        like: BorrowedFd<'_>,
-        close_on_exec: bool,
-    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let wanted = rustix::fs::fstat(like)?;
-        let is_same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
-        self.search(mark, is_same, |fd, copy| self.is_opened_like(fd, copy, like, close_on_exec))
-    }
-
-    /// Whether `copy`, of which the thread has the original as `fd`, is the same file as `like` and opened in the same way.
-    pub fn is_opened_like(
-        &self,
-        fd: RawFd,
-        copy: &OwnedFd,
-        like: BorrowedFd<'_>,
-        close_on_exec: bool,
-    ) -> bool {
-        let file = |fd: BorrowedFd<'_>| {
-            let stat = rustix::fs::fstat(fd)?;
-            Ok::<_, Errno>((stat.st_dev, stat.st_ino, rustix::fs::fcntl_getfl(fd)?))
-        };
-        file(copy.as_fd()).is_ok_and(|copy| Ok(copy) == file(like))
-            && self.closes_on_exec(fd) == Some(close_on_exec)
-    }
-
-    /// All files in the thread's table that have a [`Mark`], with their numbers there.
-    pub fn marked_files(&self) -> Result<Vec<(RawFd, OwnedFd, Mark)>, Errno> {
-        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
-        let mut marked = Vec::new();
-        self.first_copy(is_file, |fd, copy| {
-            marked.extend(Mark::of(copy.as_fd()).map(|mark| (fd, copy, mark)));
-            None::<()>
-        })?;
-        Ok(marked)
-    }
-
-    /// Looks in the thread's table for whatever has this [`Mark`] and is no socket. Returns its number there and a copy.
-    pub fn find_marked_file(&self, mark: Mark) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
-        self.search(mark, is_file, |_, _| true)
-    }
-
-    /// Looks in the thread's table for a socket with this [`Mark`], or any if it is not known, that `is_it` recognises. Returns its
-    /// number there and a copy.
-    pub fn find_marked_socket(
-        &self,
-        mark: Option<Mark>,
-        is_it: impl Fn(&OwnedFd) -> bool,
-    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let is_socket = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-        self.first_copy(is_socket, |fd, copy| {
-            let found = Mark::of(copy.as_fd());
-            let is_marked = found.is_some() && mark.is_none_or(|mark| Some(mark) == found);
-            (is_marked && is_it(&copy)).then_some((fd, copy))
-        })
-    }
-
-    fn search(
-        &self,
-        mark: Mark,
-        is_like: impl Fn(&Stat) -> bool,
-        is_it: impl Fn(RawFd, &OwnedFd) -> bool,
-    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        self.first_copy(is_like, |fd, copy| {
-            (Mark::of(copy.as_fd()) == Some(mark) && is_it(fd, &copy)).then_some((fd, copy))
-        })
-    }
-
-    /// Copies what is in the thread's table and `is_like` what is looked for, one after the other, until `pick` takes something.
-    fn first_copy<T>(
-        &self,
-        is_like: impl Fn(&Stat) -> bool,
-        mut pick: impl FnMut(RawFd, OwnedFd) -> Option<T>,
-    ) -> Result<Option<T>, Errno> {
-        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
-        for entry in rustix::fs::Dir::read_from(&table)? {
-            let entry = entry?;
-            let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
-            let found = rustix::fs::statat(&table, entry.file_name(), rustix::fs::AtFlags::empty());
-            if !found.is_ok_and(|stat| is_like(&stat)) {
-                continue;
-            }
-            // Whatever the workload closes meanwhile was not what is looked for.
-            let Ok(copy) = self.descriptor(fd) else { continue };
-            let picked = pick(fd, copy);
-            if picked.is_some() {
-                return Ok(picked);
-            }
-        }
-        Ok(None)
-    }
-
-    fn closes_on_exec(&self, fd: RawFd) -> Option<bool> {
-        let text = self.read(&std::ffi::CString::new(format!("fdinfo/{fd}")).ok()?).ok()?;
-        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        Some(u32::from_str_radix(flags.trim(), 8).ok()? & OFlags::CLOEXEC.bits() != 0)
-    }
-
-    /// Whether the thread's descriptor `fd` is the open file `ours`.
-    pub fn has(&self, fd: RawFd, ours: BorrowedFd<'_>) -> Result<bool, Errno> {
-        let numbers = (u64::from(fd.cast_unsigned()), u64::from(ours.as_raw_fd().cast_unsigned()));
-        match compare(KCMP_FILE, self.tid, std::process::id(), numbers.0, numbers.1) {
-            Ok(order) => Ok(order == std::cmp::Ordering::Equal),
-            Err(Errno::BADF) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Whether it has memory of its own: a thread of the kernel has none, nor has a process that has ended.
     pub fn has_memory(&self) -> Result<bool, Errno> {
         Ok(!self.read(c"maps")?.is_empty())
-    }
-
-    /// Copies of all listeners in the process's table.
-    pub fn listeners(&self) -> Result<Vec<Listener>, Errno> {
-        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let table = rustix::fs::openat(&self.proc, c"fd", directory, Mode::empty())?;
-        let mut listeners = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&table)? {
-            let entry = entry?;
-            let target = rustix::fs::readlinkat(&table, entry.file_name(), Vec::new());
-            if target.is_ok_and(|target| target.as_bytes() == b"anon_inode:seccomp notify")
-                && let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok())
-                // It may have closed it meanwhile.
-                && let Ok(copy) = self.descriptor(fd)
-                && let Ok(listener) = Listener::try_from(copy)
-            {
-                listeners.push(listener);
-            }
-        }
-        Ok(listeners)
     }
 
     /// The name that it has given itself (proc_pid_comm(5)).
@@ -356,54 +179,13 @@ impl Thread {
         Ok(compare(KCMP_VM, self.tid, other, 0, 0)? == std::cmp::Ordering::Equal)
     }
 
-    fn read(&self, name: &std::ffi::CStr) -> Result<String, Errno> {
+    pub(crate) fn read(&self, name: &std::ffi::CStr) -> Result<String, Errno> {
         let file = rustix::fs::openat(&self.proc, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
         let mut bytes = Vec::new();
         let read = File::from(file).read_to_end(&mut bytes);
         read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::SRCH))?;
         // A thread may name itself with any bytes.
         Ok(String::from_utf8_lossy(&bytes).into_owned())
-    }
-}
-
-/// `F_SETSIG` and `F_GETSIG` (`linux/fcntl.h`).
-const SET_SIGNAL: libc::c_int = 10;
-const GET_SIGNAL: libc::c_int = 11;
-
-/// What an open file is known by in whatever table it is: the signal that it would send if it were asked to send any (`F_SETSIG`),
-/// which it is not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark(libc::c_int);
-
-impl Mark {
-    /// How many there are: one for each signal.
-    pub const COUNT: u32 = 64;
-
-    /// The mark number `index`, counted from 0, modulo [`Self::COUNT`].
-    pub fn new(index: u32) -> Self {
-        Self((index % Self::COUNT).cast_signed() + 1)
-    }
-
-    /// Puts the mark on `file`. EBADF: an `O_PATH` descriptor.
-    pub fn put(self, file: BorrowedFd<'_>) -> Result<(), Errno> {
-        Self::set(file, self.0)
-    }
-
-    /// Takes whatever mark is on `file` from it.
-    pub fn remove(file: BorrowedFd<'_>) -> Result<(), Errno> {
-        Self::set(file, 0)
-    }
-
-    fn set(file: BorrowedFd<'_>, signal: libc::c_int) -> Result<(), Errno> {
-        // SAFETY: F_SETSIG takes a number and touches no memory of ours.
-        crate::notify::check(unsafe { libc::fcntl(file.as_raw_fd(), SET_SIGNAL, signal) }).map(drop)
-    }
-
-    /// The mark on `file`.
-    fn of(file: BorrowedFd<'_>) -> Option<Self> {
-        // SAFETY: F_GETSIG takes nothing and touches no memory of ours.
-        let signal = unsafe { libc::fcntl(file.as_raw_fd(), GET_SIGNAL) };
-        (signal > 0).then_some(Self(signal))
     }
 }
 
@@ -486,14 +268,14 @@ fn is_zero(hexadecimal: &str) -> bool {
 const NS_GET_OWNER_UID: libc::c_ulong = 0xb704;
 
 /// `KCMP_FILE`: compare two descriptors of two processes.
-const KCMP_FILE: i32 = 0;
+pub(crate) const KCMP_FILE: i32 = 0;
 /// `KCMP_VM`: compare two address spaces.
 const KCMP_VM: i32 = 1;
 /// `KCMP_FILES`: compare two descriptor tables.
 const KCMP_FILES: i32 = 2;
 
 /// kcmp(2). ENOSYS: a kernel without CONFIG_KCMP. ESRCH: one of them is gone. EBADF: no such descriptor.
-fn compare(
+pub(crate) fn compare(
     what: i32,
     one: u32,
     other: u32,
@@ -512,23 +294,9 @@ fn compare(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::os::fd::AsFd as _;
 
-    #[test]
-    fn a_marked_file_is_found_among_others_of_the_same_name() {
-        let own = Thread::hold(std::process::id()).unwrap();
-        let open = || std::fs::File::open("/proc/version").unwrap();
-        let (others, marked) = ([open(), open()], open());
-        let find = |mark| own.find_marked(mark, others[0].as_fd(), true).unwrap();
-        assert!(find(Mark::new(3)).is_none());
-        Mark::new(3).put(marked.as_fd()).unwrap();
-        let (number, copy) = find(Mark::new(3)).unwrap();
-        assert_eq!(number, marked.as_raw_fd());
-        assert!(find(Mark::new(4)).is_none());
-        assert!(own.find_marked(Mark::new(3), others[0].as_fd(), false).unwrap().is_none());
-        Mark::remove(copy.as_fd()).unwrap();
-        assert!(find(Mark::new(3)).is_none());
-    }
+    use super::*;
 
     #[test]
     fn a_thread_that_does_not_lead_its_group_is_held() {

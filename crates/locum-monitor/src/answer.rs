@@ -8,7 +8,7 @@ use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
 use locum_kernel::fault::die_at;
 use locum_kernel::notify::{Answer, CallId, Notification};
-use locum_kernel::process::Mark;
+use locum_kernel::table::Mark;
 use rustix::fs::OFlags;
 
 use crate::caller::{Caller, Turn};

@@ -9,7 +9,8 @@ use locum_kernel::arch::Gadgets;
 use locum_kernel::hand_over::{self, Parcel, Unfit};
 use locum_kernel::memory::AddressSpace;
 use locum_kernel::notify::CallId;
-use locum_kernel::process::{Ids, Mark, Status, Thread};
+use locum_kernel::process::{Ids, Status, Thread};
+use locum_kernel::table::Mark;
 
 use crate::session::lock;
 use crate::watch::Watch;

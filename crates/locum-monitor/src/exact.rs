@@ -14,7 +14,8 @@ use locum_kernel::Errno;
 use locum_kernel::fault::die_at;
 use locum_kernel::hand_over::{self, Done, Parcel, Unfit};
 use locum_kernel::notify::{Answer, CallId, Notification};
-use locum_kernel::process::{Mark, Thread};
+use locum_kernel::process::Thread;
+use locum_kernel::table::Mark;
 
 use crate::answer::Post;
 use crate::caller::{Caller, Turn};

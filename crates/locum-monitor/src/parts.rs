@@ -9,7 +9,8 @@ use locum_journal::{Journal, Slot};
 use locum_kernel::credentials::{Rights, Worker};
 use locum_kernel::handle::{Handle, name_to_handle_at, open_by_handle_at};
 use locum_kernel::notify::CallId;
-use locum_kernel::process::{Ids, Mark};
+use locum_kernel::process::Ids;
+use locum_kernel::table::Mark;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::key_ring::KeyRing;

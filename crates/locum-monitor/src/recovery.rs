@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
-use locum_kernel::process::{Mark, Thread};
+use locum_kernel::process::Thread;
+use locum_kernel::table::Mark;
 use rustix::fs::FileType;
 
 use crate::answer::find;

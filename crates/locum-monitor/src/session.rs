@@ -10,7 +10,8 @@ use locum_keeper::client;
 use locum_keeper::protocol::Delivery;
 use locum_kernel::Errno;
 use locum_kernel::notify::{Listener, Notification};
-use locum_kernel::process::{Mark, Thread};
+use locum_kernel::process::Thread;
+use locum_kernel::table::Mark;
 use locum_policy::Policy;
 
 use crate::Shared;
