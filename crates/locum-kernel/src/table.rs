@@ -219,11 +219,14 @@ impl Mark {
         crate::notify::check(unsafe { libc::fcntl(file.as_raw_fd(), SET_SIGNAL, signal) }).map(drop)
     }
 
-    /// The mark on `file`.
-    fn of(file: BorrowedFd<'_>) -> Option<Self> {
+    /// The mark on `file`. One that a program has put there itself, to be sent signals, is none.
+    pub fn of(file: BorrowedFd<'_>) -> Option<Self> {
         // SAFETY: F_GETSIG takes nothing and touches no memory of ours.
         let signal = unsafe { libc::fcntl(file.as_raw_fd(), GET_SIGNAL) };
-        (signal > 0).then_some(Self(signal))
+        // Whoever has a file send signals has named who gets them, or the kernel has (F_SETLEASE).
+        // SAFETY: as before.
+        let is_ours = signal > 0 && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETOWN) } == 0;
+        is_ours.then_some(Self(signal))
     }
 }
 
@@ -243,6 +246,15 @@ mod tests {
         assert_eq!(number, marked.as_raw_fd());
         assert!(find(Mark::new(4)).is_none());
         assert!(own.find_marked(Mark::new(3), others[0].as_fd(), false).unwrap().is_none());
+        let own_pid = rustix::process::getpid().as_raw_nonzero().get();
+        let send_to = |owner: libc::pid_t| {
+            // SAFETY: F_SETOWN takes a number and touches no memory of ours.
+            crate::notify::check(unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_SETOWN, owner) }).unwrap();
+        };
+        send_to(own_pid);
+        assert!(find(Mark::new(3)).is_none(), "a program's own, which is to send it signals");
+        send_to(0);
+        assert!(find(Mark::new(3)).is_some());
         Mark::remove(copy.as_fd()).unwrap();
         assert!(find(Mark::new(3)).is_none());
     }
