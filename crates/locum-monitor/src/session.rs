@@ -260,7 +260,11 @@ impl Session {
         let since = now_ms();
         for (number, file, mark) in caller.marked_files().unwrap_or_default() {
             let is_known = orphans.iter().any(|known| (known.process, known.number) == (process, number));
-            if !is_known && !Slot::any_has_call(&self.journal, |index| Mark::new(index) == mark) {
+            if !is_known
+                && !Slot::any_has_call(&self.journal, |index| Mark::new(index) == mark)
+                // A worker that has settled its slot since the search took the mark off before that.
+                && Mark::of(file.as_fd()) == Some(mark)
+            {
                 orphans.push(Orphan { process, number, file, since });
             }
         }
