@@ -216,7 +216,10 @@ impl Post<'_> {
                     die_at(30);
                     return Some(slot);
                 }
-                caller.thread.descriptor(number).ok().map(|file| (file, Some(number)))
+                // What cannot be opened again is kept, whatever its number stands for by now.
+                let file = park.as_ref().and_then(|park| park.look(call.id));
+                let file = file.or_else(|| caller.thread.descriptor(number).ok());
+                file.map(|file| (file, Some(number)))
             }
             Err(error) => {
                 self.cannot_give(call, error);
