@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
-use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 
 use crate::Errno;
 use crate::notify::Listener;
@@ -58,8 +58,8 @@ impl Thread {
         like: BorrowedFd<'_>,
         close_on_exec: bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let wanted = rustix::fs::fstat(like)?;
-        let is_same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino);
+        let wanted = identity(&rustix::fs::statx(like, c"", AtFlags::EMPTY_PATH, StatxFlags::INO)?);
+        let is_same = |stat: &Statx| identity(stat) == wanted;
         self.search(mark, is_same, |fd, copy| self.is_opened_like(fd, copy, like, close_on_exec))
     }
 
@@ -79,21 +79,38 @@ impl Thread {
             && self.closes_on_exec(fd) == Some(close_on_exec)
     }
 
-    /// All files in the thread's table that have a [`Mark`], with their numbers there.
-    pub fn marked_files(&self) -> Result<Vec<(RawFd, OwnedFd, Mark)>, Errno> {
-        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
+    /// A copy of descriptor `fd` of this thread if it was opened on one of `mounts`.
+    pub fn descriptor_on(&self, mounts: impl Fn(u64) -> bool, fd: RawFd) -> Option<OwnedFd> {
+        let name = std::ffi::CString::new(format!("fd/{fd}")).ok()?;
+        let stat = look_at(self.proc().as_fd(), &name).ok()?;
+        is_file_on(mounts)(&stat).then(|| self.descriptor(fd).ok()).flatten()
+    }
+
+    /// All files in the thread's table that have a [`Mark`] and were opened on one of `mounts`, with their numbers there.
+    pub fn marked_files(&self, mounts: impl Fn(u64) -> bool) -> Result<Vec<(RawFd, OwnedFd, Mark)>, Errno> {
         let mut marked = Vec::new();
-        self.first_copy(is_file, |fd, copy| {
+        self.first_copy(is_file_on(mounts), |fd, copy| {
             marked.extend(Mark::of(copy.as_fd()).map(|mark| (fd, copy, mark)));
             None::<()>
         })?;
         Ok(marked)
     }
 
-    /// Looks in the thread's table for whatever has this [`Mark`] and is no socket. Returns its number there and a copy.
-    pub fn find_marked_file(&self, mark: Mark) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let is_file = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) != FileType::Socket;
-        self.search(mark, is_file, |_, _| true)
+    /// Looks in the thread's table for whatever has this [`Mark`] and was opened on one of `mounts` with `flags`, as far as that
+    /// can be seen. Returns its number there and a copy.
+    pub fn find_marked_on(
+        &self,
+        mounts: impl Fn(u64) -> bool,
+        mark: Mark,
+        flags: OFlags,
+    ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
+        let seen = OFlags::RWMODE | OFlags::APPEND | OFlags::NONBLOCK;
+        // What stands in for an O_PATH descriptor can be read.
+        let wanted = if flags.contains(OFlags::PATH) { OFlags::RDONLY } else { flags & seen };
+        self.search(mark, is_file_on(mounts), |fd, copy| {
+            rustix::fs::fcntl_getfl(copy).is_ok_and(|flags| flags & seen == wanted)
+                && self.closes_on_exec(fd) == Some(flags.contains(OFlags::CLOEXEC))
+        })
     }
 
     /// Looks in the thread's table for a socket with this [`Mark`], or any if it is not known, that `is_it` recognises. Returns its
@@ -103,7 +120,6 @@ impl Thread {
         mark: Option<Mark>,
         is_it: impl Fn(&OwnedFd) -> bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
-        let is_socket = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
         self.first_copy(is_socket, |fd, copy| {
             let found = Mark::of(copy.as_fd());
             let is_marked = found.is_some() && mark.is_none_or(|mark| Some(mark) == found);
@@ -114,7 +130,7 @@ impl Thread {
     fn search(
         &self,
         mark: Mark,
-        is_like: impl Fn(&Stat) -> bool,
+        is_like: impl Fn(&Statx) -> bool,
         is_it: impl Fn(RawFd, &OwnedFd) -> bool,
     ) -> Result<Option<(RawFd, OwnedFd)>, Errno> {
         self.first_copy(is_like, |fd, copy| {
@@ -125,7 +141,7 @@ impl Thread {
     /// Copies what is in the thread's table and `is_like` what is looked for, one after the other, until `pick` takes something.
     fn first_copy<T>(
         &self,
-        is_like: impl Fn(&Stat) -> bool,
+        is_like: impl Fn(&Statx) -> bool,
         mut pick: impl FnMut(RawFd, OwnedFd) -> Option<T>,
     ) -> Result<Option<T>, Errno> {
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -135,8 +151,7 @@ impl Thread {
             let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            let found = rustix::fs::statat(&table, entry.file_name(), rustix::fs::AtFlags::empty());
-            if !found.is_ok_and(|stat| is_like(&stat)) {
+            if !look_at(table.as_fd(), entry.file_name()).is_ok_and(|stat| is_like(&stat)) {
                 continue;
             }
             // Whatever the workload closes meanwhile was not what is looked for.
@@ -184,6 +199,25 @@ impl Thread {
         }
         Ok(listeners)
     }
+}
+
+/// What is known of a descriptor without asking the server of a FUSE file: it may be of the workload, and wait for whoever looks.
+fn look_at(folder: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<Statx, Errno> {
+    let what = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
+    rustix::fs::statx(folder, name, AtFlags::STATX_DONT_SYNC, what)
+}
+
+/// Which file something is.
+fn identity(stat: &Statx) -> (u32, u32, u64) {
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
+}
+
+fn is_socket(stat: &Statx) -> bool {
+    FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Socket
+}
+
+fn is_file_on(mounts: impl Fn(u64) -> bool) -> impl Fn(&Statx) -> bool {
+    move |stat| !is_socket(stat) && mounts(stat.stx_mnt_id)
 }
 
 /// `F_SETSIG` and `F_GETSIG` (`linux/fcntl.h`).
@@ -257,5 +291,28 @@ mod tests {
         assert!(find(Mark::new(3)).is_some());
         Mark::remove(copy.as_fd()).unwrap();
         assert!(find(Mark::new(3)).is_none());
+    }
+    #[test]
+    fn a_fuse_server_that_does_not_answer_is_not_waited_for() {
+        use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+        let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let system = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+        let number = device.as_raw_fd().to_string();
+        for (key, value) in [("fd", &*number), ("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")] {
+            rustix::mount::fsconfig_set_string(&system, key, value).unwrap();
+        }
+        rustix::mount::fsconfig_create(&system).unwrap();
+        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+        let root = rustix::mount::fsmount(&system, flags, MountAttrFlags::empty()).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let looking = std::thread::spawn(move || {
+            let own = Thread::hold(std::process::id()).unwrap();
+            tell.send(own.find_marked_on(|_| true, Mark::new(9), OFlags::RDONLY).map(drop)).unwrap();
+        });
+        let looked = told.recv_timeout(std::time::Duration::from_secs(20));
+        // Whoever still waits for it gets an error.
+        drop((device, root));
+        looking.join().unwrap();
+        assert_eq!(looked, Ok(Ok(())));
     }
 }

@@ -180,10 +180,8 @@ impl Search<'_> {
 
     /// Looks for what a dead monitor put into the caller's table without answering the call.
     fn find_left(&self, id: CallId, thread: &Thread) {
-        if let Ok(status) = thread.status() {
-            self.session.find_orphans(thread, status.process);
-        }
         if let Ok(caller) = self.session.callers.meet(thread.tid()) {
+            self.session.find_orphans(&caller);
             Stray::of(self.session, &caller, id);
         }
     }

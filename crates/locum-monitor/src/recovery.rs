@@ -1,16 +1,16 @@
 //! What a dead monitor left in the journal, and how it is settled.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
 use locum_journal::{Left, Slot, Stage};
 use locum_kernel::Errno;
-use locum_kernel::process::Thread;
 use locum_kernel::table::Mark;
-use rustix::fs::FileType;
+use rustix::fs::OFlags;
 
 use crate::answer::find;
-use crate::calls::{CutOff, handles};
+use crate::caller::Caller;
+use crate::calls::{CutOff, handles, int};
 use crate::exact::Stray;
 use crate::session::{KEPT_MS, Served, Session, Undelivered, now_ms};
 use crate::worker;
@@ -52,28 +52,33 @@ pub(crate) fn decide(left: &Left, parked: Option<OwnedFd>) -> Repair {
 }
 
 /// The file of a hand-over that is not parked, from the table of the caller, which has it already.
-pub(crate) fn installed(left: &Left) -> Option<OwnedFd> {
-    if !matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered) || left.descriptor < 0 {
+pub(crate) fn installed(session: &Session, left: &Left) -> Option<OwnedFd> {
+    if !matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered) {
         return None;
     }
-    let caller = Thread::hold(left.call.tid).ok()?;
-    let file = (caller.start_time() == Ok(left.caller_started))
-        .then(|| caller.descriptor(left.descriptor).ok())
-        .flatten()?;
-    // A socket is never what was opened: it is one in which something else was handed over.
-    let is_socket = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-    (!rustix::fs::fstat(&file).is_ok_and(is_socket)).then_some(file)
+    let caller = caller(session, left)?;
+    // On an export, it is not a socket in which something else was handed over.
+    caller.thread.descriptor_on(|mount| session.exports_on(&caller, mount), left.descriptor)
 }
 
 /// The same if the park was lost together with the keeper before the number was noted.
-pub(crate) fn marked(slot: &Slot, left: &Left) -> Option<OwnedFd> {
+pub(crate) fn marked(session: &Session, slot: &Slot, left: &Left) -> Option<OwnedFd> {
     if left.stage != Stage::Parked || CutOff::of(&left.call) == CutOff::Repeat {
         return None;
     }
-    let caller = Thread::hold(left.call.tid).ok()?;
-    let is_same = caller.start_time() == Ok(left.caller_started);
-    let found = is_same.then(|| caller.find_marked_file(Mark::new(slot.index())).ok()).flatten()?;
-    found.map(|(_, file)| file)
+    find_marked(session, slot, left, &*caller(session, left)?).map(|(_, file)| file)
+}
+
+/// The thread that made the call, if it is still there.
+fn caller(session: &Session, left: &Left) -> Option<Arc<Caller>> {
+    session.callers.meet(left.call.tid).ok().filter(|caller| caller.started == left.caller_started)
+}
+
+/// What has the mark of `slot` in the caller's table and can be what the call in it was to have.
+fn find_marked(session: &Session, slot: &Slot, left: &Left, caller: &Caller) -> Option<(RawFd, OwnedFd)> {
+    let mounts = |mount| session.exports_on(caller, mount);
+    let flags = OFlags::from_bits_retain(int(left.call.args[2]).cast_unsigned());
+    caller.thread.find_marked_on(mounts, Mark::new(slot.index()), flags).ok().flatten()
 }
 
 /// Goes through what dead monitors left of `served`: each call that still waits gets a worker, which settles it.
@@ -112,16 +117,12 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
     if !may_have_begun || now_ms().saturating_sub(since) >= KEPT_MS {
         return Some(slot);
     }
-    let caller = session.callers.meet(left.call.tid).ok();
-    let Some(caller) = caller.filter(|caller| left.caller_started == caller.started) else {
-        return Some(slot);
-    };
+    let Some(caller) = caller(session, &left) else { return Some(slot) };
     let park = served.known_park(slot.index());
-    let parked = park.as_ref().and_then(|park| park.look(left.call.id)).or_else(|| installed(&left));
+    let parked = park.as_ref().and_then(|park| park.look(left.call.id)).or_else(|| installed(session, &left));
     let found = parked.map(|file| (find(&left, &caller, &file).ok().flatten(), file)).or_else(|| {
         // Nothing is known but its mark. What is taken for it is compared with what the call made anew opens.
-        let marked = caller.thread.find_marked_file(Mark::new(slot.index())).ok().flatten();
-        marked.map(|(number, file)| (Some(number), file))
+        find_marked(session, &slot, &left, &caller).map(|(number, file)| (Some(number), file))
     });
     let Some((descriptor, file)) = found else { return Some(slot) };
     let taken = |number| {
@@ -154,7 +155,6 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
 mod tests {
     use locum_kernel::notify::{CallId, Notification};
     use locum_policy::Call;
-    use rustix::fs::OFlags;
 
     use super::*;
     use crate::calls::handles::number;

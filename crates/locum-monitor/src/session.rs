@@ -254,11 +254,19 @@ impl Session {
             .any(|result| (result.call.tid, result.descriptor) == (tid, Some(descriptor)))
     }
 
+    /// Whether `mount` is an export. Whatever `caller` is handed was opened on one; to copy anything else that it has, and to close
+    /// it again, may have a FUSE server asked.
+    pub(crate) fn exports_on(&self, caller: &Caller, mount: u64) -> bool {
+        let exports = self.granted.as_ref().map(|granted| granted.exports(self, caller));
+        exports.into_iter().flatten().any(|export| export.mount == mount)
+    }
+
     /// Looks for orphans in the table of `caller`, before any of its calls is made anew. What has the mark of a slot with a call is none.
-    pub(crate) fn find_orphans(&self, caller: &Thread, process: u32) {
+    pub(crate) fn find_orphans(&self, caller: &Caller) {
+        let marked = caller.thread.marked_files(|mount| self.exports_on(caller, mount));
         let mut orphans = lock(&self.orphans);
-        let since = now_ms();
-        for (number, file, mark) in caller.marked_files().unwrap_or_default() {
+        let (since, process) = (now_ms(), caller.process());
+        for (number, file, mark) in marked.unwrap_or_default() {
             let is_known = orphans.iter().any(|known| (known.process, known.number) == (process, number));
             if !is_known
                 && !Slot::any_has_call(&self.journal, |index| Mark::new(index) == mark)

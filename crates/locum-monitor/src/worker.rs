@@ -284,8 +284,8 @@ impl Worker {
         self.session.counters.recovered().fetch_add(1, Ordering::Relaxed);
         let call = left.call;
         let post = Post { session: &self.session, served: &self.served };
-        let parked = post.parked(&slot, call.id).or_else(|| recovery::installed(left));
-        let parked = parked.or_else(|| recovery::marked(&slot, left));
+        let parked = post.parked(&slot, call.id).or_else(|| recovery::installed(&self.session, left));
+        let parked = parked.or_else(|| recovery::marked(&self.session, &slot, left));
         match recovery::decide(left, parked) {
             recovery::Repair::Serve => self.serve(slot, &call),
             recovery::Repair::HandOver(file) => {
