@@ -146,7 +146,9 @@ pub(crate) fn take_over(session: &Arc<Session>, served: &Arc<Served>) {
     } else if alone && served.is_shared.load(Ordering::Acquire) {
         again::go_on(session, served);
     }
+    served.is_adopting.store(true, Ordering::SeqCst);
     recovery::adopt(session, served);
+    served.is_adopting.store(false, Ordering::SeqCst);
     if alone {
         served.is_shared.store(false, Ordering::Release);
     }
@@ -180,7 +182,9 @@ pub(crate) fn await_turn(session: &Session, served: &Served, call: &Notification
     // Threads that cannot be seen from here all have the id 0.
     while call.tid != 0
         && is_shared(session, served)
-        && Slot::others_have(&session.journal, served.id(), call.tid)
+        && (Slot::others_have(&session.journal, served.id(), call.tid)
+            // What they had may be ours by now, and not kept yet for this very call.
+            || served.is_adopting.load(Ordering::SeqCst))
     {
         if !served.listener.still_waits(call.id) {
             return false;

@@ -85,6 +85,8 @@ pub(crate) struct Served {
     pub(crate) seen: Option<Seen>,
     /// Whether another monitor may be at its calls, or have left some.
     pub(crate) is_shared: AtomicBool,
+    /// Whether what others left is being taken over, and not all of it is known yet.
+    pub(crate) is_adopting: AtomicBool,
     /// Since when there is none, in milliseconds since boot; 0: there is one.
     pub(crate) alone_since: AtomicU64,
     parks: Mutex<HashMap<u32, Arc<Park>>>,
@@ -371,6 +373,7 @@ impl Served {
             lifeline: Lifeline::new(first),
             seen,
             is_shared: AtomicBool::new(true),
+            is_adopting: AtomicBool::new(false),
             alone_since: AtomicU64::new(0),
             parks: Mutex::new(parks),
         }
