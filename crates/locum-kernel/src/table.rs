@@ -292,6 +292,7 @@ mod tests {
         Mark::remove(copy.as_fd()).unwrap();
         assert!(find(Mark::new(3)).is_none());
     }
+
     #[test]
     fn a_fuse_server_that_does_not_answer_is_not_waited_for() {
         use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};

@@ -1,6 +1,6 @@
 //! What a dead monitor left in the journal, and how it is settled.
 
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use locum_journal::{Left, Slot, Stage};
@@ -139,6 +139,8 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
         slot.installed(number);
     }
     slot.undelivered(since);
+    // Known by its number from now on; the slot's mark may be another file's before this one is given out.
+    let _ = Mark::remove(file.as_fd());
     session.keep(Undelivered {
         slot,
         park,
