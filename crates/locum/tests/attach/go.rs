@@ -34,6 +34,9 @@ fn service(folder: &Path) -> Process {
         "0",
     ]);
     podman.arg(format!("unix://{}", at("socket").display())).env("HOME", folder);
+    // By default, its locks are in /dev/shm, and stay there.
+    std::fs::write(at("containers.conf"), "[engine]\nlock_type = \"file\"\n").unwrap();
+    podman.env("CONTAINERS_CONF", at("containers.conf"));
     let log = std::fs::File::create(at("log")).unwrap();
     Process(podman.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap())
 }
