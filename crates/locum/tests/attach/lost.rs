@@ -139,7 +139,7 @@ fn a_session_of_the_same_name_at_another_door_is_another() {
     yard.keeper.kill();
     yard.keeper = yard.ground.start(&["keeper", "--door", USER]);
     let door = yard.ground.runtime.path().join(format!("oci-{USER}.sock"));
-    until("the user's door", || door.exists());
+    until("the keeper", || yard.ground.try_status().is_ok());
     let mut foreign = Command::new("setpriv");
     foreign.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--no-new-privs"]).arg(&yard.caller);
     foreign.args(["as-is", "foreign-pid"]).arg(yard.ground.files.path()).arg(&door);

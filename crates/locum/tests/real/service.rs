@@ -94,17 +94,11 @@ o_path = "fast"
         }
         let process = Process(command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
         if keeps {
-            until("the front door", || self.door().exists());
+            // It is bound after the doors.
+            let control = self.at("runtime/keeper.sock");
+            until("the keeper", || std::os::unix::net::UnixStream::connect(&control).is_ok());
         }
         process
-    }
-
-    /// The front door.
-    fn door(&self) -> PathBuf {
-        match self.runtime.user() {
-            0 => self.at("runtime/oci.sock"),
-            user => self.at(&format!("runtime/oci-{user}.sock")),
-        }
     }
 
     /// The seccomp profile of the containers, made from the runtime's default one.
