@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+use locum_journal::Left;
 use locum_kernel::Errno;
 use locum_kernel::arch::Gadgets;
 use locum_kernel::hand_over::{self, Parcel, Unfit};
@@ -145,6 +146,11 @@ impl Callers {
             }
         }
         Ok(caller)
+    }
+
+    /// The thread that made a call which a dead monitor left, if it is still there.
+    pub(crate) fn who_made(&self, left: &Left) -> Option<Arc<Caller>> {
+        self.meet(left.call.tid).ok().filter(|caller| caller.started == left.caller_started)
     }
 
     /// Has the thread `tid` looked at anew the next time: it changed its address space.

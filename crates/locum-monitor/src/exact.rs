@@ -40,8 +40,7 @@ impl Stray {
     /// What a dead monitor left of the hand-over in `slot`, whose call does not wait any more. Gives the slot back if nothing.
     pub(crate) fn left(session: &Session, slot: Slot) -> Option<Slot> {
         let Some(left) = slot.left().filter(has_begun) else { return Some(slot) };
-        let same = session.callers.meet(left.call.tid).ok();
-        let same = same.filter(|caller| left.caller_started == caller.started);
+        let same = session.callers.who_made(&left);
         // If the thread has ended, what was put into its process's table is still there.
         let doubtful = same.is_some();
         let Some(caller) = same.or_else(|| any_of(session, left.process)) else { return Some(slot) };

@@ -56,7 +56,7 @@ pub(crate) fn installed(session: &Session, left: &Left) -> Option<OwnedFd> {
     if !matches!(left.stage, Stage::Installed | Stage::Sending | Stage::Undelivered) {
         return None;
     }
-    let caller = caller(session, left)?;
+    let caller = session.callers.who_made(left)?;
     // On an export, it is not a socket in which something else was handed over.
     caller.thread.descriptor_on(|mount| session.exports_on(&caller, mount), left.descriptor)
 }
@@ -66,12 +66,7 @@ pub(crate) fn marked(session: &Session, slot: &Slot, left: &Left) -> Option<Owne
     if left.stage != Stage::Parked || CutOff::of(&left.call) == CutOff::Repeat {
         return None;
     }
-    find_marked(session, slot, left, &*caller(session, left)?).map(|(_, file)| file)
-}
-
-/// The thread that made the call, if it is still there.
-fn caller(session: &Session, left: &Left) -> Option<Arc<Caller>> {
-    session.callers.meet(left.call.tid).ok().filter(|caller| caller.started == left.caller_started)
+    find_marked(session, slot, left, &*session.callers.who_made(left)?).map(|(_, file)| file)
 }
 
 /// What has the mark of `slot` in the caller's table and can be what the call in it was to have.
@@ -117,7 +112,7 @@ fn keep_withdrawn(session: &Session, served: &Served, slot: Slot, waiting: &[Slo
     if !may_have_begun || now_ms().saturating_sub(since) >= KEPT_MS {
         return Some(slot);
     }
-    let Some(caller) = caller(session, &left) else { return Some(slot) };
+    let Some(caller) = session.callers.who_made(&left) else { return Some(slot) };
     let park = served.known_park(slot.index());
     let parked = park.as_ref().and_then(|park| park.look(left.call.id)).or_else(|| installed(session, &left));
     let found = parked.map(|file| (find(&left, &caller, &file).ok().flatten(), file)).or_else(|| {
